@@ -1,0 +1,35 @@
+"""Plait: several fine-tuned experts of one base model, merged into one.
+
+    import plait
+    plait.merge("recipe.yaml", "merged/")                        # streams checkpoints of any size
+
+    from plait.methods import ties
+    ties([a, b], base=base, density=0.2)                         # tensors or state dicts in memory
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from plait.errors import CheckpointError, MachineError, PlaitError, RecipeError
+
+if TYPE_CHECKING:
+    from plait.plan import Plan, make_plan
+    from plait.recipe import Recipe, load_recipe
+    from plait.run import Merged, merge
+
+__all__ = [
+    "CheckpointError", "MachineError", "Merged", "Plan", "PlaitError", "Recipe", "RecipeError", "load_recipe",
+    "make_plan", "merge",
+]  # fmt: skip
+
+_HOMES = {"Merged": "run", "merge": "run", "Plan": "plan", "make_plan": "plan", "Recipe": "recipe", "load_recipe": "recipe"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that the command line can print its help without torch."""
+    import importlib
+
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"plait.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'plait' has no attribute '{name}'")

@@ -1,0 +1,237 @@
+"""Runs a plan's jobs on this machine's threads. A job is one tensor: it reads its pieces, merges and writes them.
+
+Jobs do not depend on each other, and a job's bytes depend on nothing but its plan, so any engine may run them anywhere
+in any order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from plait.dtypes import itemsize, to_torch
+from plait.errors import CheckpointError, MachineError
+from plait.experts import Input
+from plait.methods.block import Block, Reader, as_float
+from plait.methods.contract import MergeMethod
+from plait.methods.stream import GRAIN, Grid, Piece
+from plait.plan import TensorPlan
+from plait.writer import FolderWriter
+
+R = TypeVar("R")
+
+
+class Progress(Protocol):
+    """Is told what has been done; may show it."""
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage of `total` bytes begins."""
+        ...
+
+    def advance(self, count: int) -> None:
+        """So many more bytes are done."""
+        ...
+
+
+class Engine:
+    """Threads, a memory budget, and a device."""
+
+    def __init__(self, *, threads: int, memory: int, device: str, progress: Progress) -> None:
+        self.threads, self.memory, self.progress = threads, memory, progress
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise MachineError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
+        self._free = memory
+        self._room = threading.Condition()
+        self._stop = threading.Event()
+
+    def survey(self, method: MergeMethod, tensors: list[TensorPlan], seed: int) -> Any:
+        """Run the method's pass over the whole model, if it has one."""
+        if method.survey is None or not tensors:
+            return None
+        return method.survey(_Surveyed(self, tensors, seed))
+
+    def merge(self, method: MergeMethod, tensors: list[TensorPlan], seed: int, state: Any, writer: FolderWriter) -> None:
+        """Merge or copy every tensor into the writer."""
+
+        def job(tensor: TensorPlan) -> None:
+            if tensor.action == "copy":
+                self._copy(tensor, writer)
+            else:
+                self._merge(method, tensor, seed, state, writer)
+            writer.finish(tensor.name)
+
+        self.progress.stage("merge", sum(tensor.bytes_in for tensor in tensors))
+        self.each(tensors, job)
+
+    def each(self, tensors: list[TensorPlan], job: Callable[[TensorPlan], R]) -> list[R]:
+        """job of every tensor, results in the order given; the first error stops all."""
+        self._stop.clear()
+        # Large tensors first, so that no thread is left alone with one at the end; the rest in file order.
+        large = sum(t.spec.numel for t in tensors) // (8 * self.threads) + 1
+        order = sorted(range(len(tensors)), key=lambda i: (tensors[i].spec.numel < large, i))
+        results: dict[int, R] = {}
+
+        def run(index: int) -> None:
+            if not self._stop.is_set():
+                with self._holding(tensors[index].working_bytes()):
+                    results[index] = job(tensors[index])
+
+        workers = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
+        with _one_thread_per_worker(), workers as pool:
+            futures = [pool.submit(run, index) for index in order]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                self._stop.set()
+                for future in futures:
+                    future.cancel()
+        errors = [error for future in done if (error := future.exception()) is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, _Stopped)):
+            raise error
+        return [results[index] for index in range(len(tensors))]
+
+    def block(self, tensor: TensorPlan, seed: int, state: Any = None) -> Block:
+        """The block of one merged tensor, reading from its sources."""
+        readers = [self._reader(item, tensor, tensor.base) for item in tensor.inputs]
+        return Block(
+            name=tensor.key,
+            shape=tensor.shape,
+            tasks=tuple(item.model for item in tensor.inputs),
+            grid=tensor.grid,
+            read_models=[whole for whole, _ in readers],
+            read_base=None if tensor.base is None else self._reader(tensor.base, tensor, None)[0],
+            read_deltas=[stored for _, stored in readers],
+            depth=tensor.depth,
+            seed=seed,
+            state=state,
+        )
+
+    def _reader(self, item: Input, tensor: TensorPlan, base: Input | None) -> tuple[Reader, Reader | None]:
+        """Readers of the whole tensor, and of its task vector where the base is what the adapter sits on."""
+
+        def whole(piece: Piece) -> torch.Tensor:
+            if self._stop.is_set():
+                raise _Stopped
+            if item.update is None:
+                values = as_float(item.read(piece.start, piece.stop))
+            else:
+                assert item.under is not None
+                values = as_float(item.under.read(piece.start, piece.stop)) + item.task_vector(piece.start, piece.stop)
+            return finite(values, item, tensor, piece).to(self.device)
+
+        def stored(piece: Piece) -> torch.Tensor:
+            return finite(item.task_vector(piece.start, piece.stop), item, tensor, piece).to(self.device)
+
+        under = item.under
+        on_base = under is not None and base is not None and under.source is base.source and under.stored == base.stored
+        return whole, stored if on_base else None
+
+    def _merge(self, method: MergeMethod, tensor: TensorPlan, seed: int, state: Any, writer: FolderWriter) -> None:
+        merged = method.fn(self.block(tensor, seed, state), **tensor.keywords)
+        dtype, width = to_torch(tensor.dtype), itemsize(tensor.dtype)
+        share = tensor.bytes_in / max(tensor.grid.numel, 1)
+        for piece in tensor.grid:
+            values = merged(piece).to(dtype)
+            if tensor.dtype == "F16" and not torch.isfinite(values).all():
+                raise MachineError(f"'{tensor.name}': merged values exceed float16 (65504); set out_dtype: bfloat16 or float32")
+            writer.write(tensor.name, piece.start * width, _bytes(values))
+            self.progress.advance(int(piece.numel * share))
+
+    def _copy(self, tensor: TensorPlan, writer: FolderWriter) -> None:
+        source, *others = tensor.inputs
+        dtype, width = to_torch(tensor.dtype), itemsize(tensor.dtype)
+        for piece in Grid(tensor.spec.numel, GRAIN * 2):
+            if self._stop.is_set():
+                raise _Stopped
+            if source.update is not None:
+                raise MachineError(f"'{tensor.name}': a low-rank update cannot be copied")
+            values = source.read(piece.start, piece.stop)
+            for other in others:
+                if not torch.equal(values, other.read(piece.start, piece.stop)):
+                    raise CheckpointError(
+                        f"{other.model}: '{tensor.name}' ({other.dtype}) differs from {source.model}'s; tensors that are "
+                        f"not floating cannot be merged; keep: {{base: [{tensor.name}]}} takes the base's"
+                    )
+            writer.write(tensor.name, piece.start * width, _bytes(values.to(dtype)))
+            self.progress.advance(piece.numel * itemsize(source.dtype) * (1 + len(others)))
+
+    @contextmanager
+    def _holding(self, size: int) -> Iterator[None]:
+        """Wait until the budget has room for a job of `size` bytes."""
+        size = min(size, self.memory)
+        with self._room:
+            self._room.wait_for(lambda: self._free >= size)
+            self._free -= size
+        try:
+            yield
+        finally:
+            with self._room:
+                self._free += size
+                self._room.notify_all()
+
+
+class _Stopped(Exception):
+    """Raised inside jobs when another job has failed."""
+
+
+class _Surveyed:
+    """What a survey is given: every merged tensor once (tied twins share a key), in sorted order of names."""
+
+    def __init__(self, engine: Engine, tensors: list[TensorPlan], seed: int) -> None:
+        self.engine, self.seed = engine, seed
+        by_key = {tensor.key: tensor for tensor in tensors}
+        self.tensors = [by_key[key] for key in sorted(by_key)]
+        self.params: Mapping[str, Mapping[str, Any]] = {tensor.key: tensor.keywords for tensor in self.tensors}
+        self.passes = 0
+
+    def each(self, fn: Callable[[Block], R]) -> dict[str, R]:
+        """fn of every block, on the engine's threads."""
+        self.passes += 1
+        self.engine.progress.stage(f"survey {self.passes}", sum(tensor.bytes_in for tensor in self.tensors))
+
+        def job(tensor: TensorPlan) -> R:
+            result = fn(self.engine.block(tensor, self.seed))
+            self.engine.progress.advance(tensor.bytes_in)
+            return result
+
+        results = self.engine.each(self.tensors, job)
+        return {tensor.key: result for tensor, result in zip(self.tensors, results, strict=True)}
+
+
+def finite(values: torch.Tensor, item: Input, tensor: TensorPlan, piece: Piece) -> torch.Tensor:
+    """The values, or a CheckpointError that names the first one that is not a finite number."""
+    if values.numel():
+        low, high = torch.aminmax(values)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            at = int(torch.nonzero(~torch.isfinite(values))[0, 0]) + piece.start
+            place = []
+            for size in reversed(tensor.shape):
+                place.append(at % size)
+                at //= size
+            kind = "NaN" if torch.isnan(values).any() else "an infinity"
+            raise CheckpointError(
+                f"{item.source.label}: tensor '{item.stored}' holds {kind} at {place[::-1]}; this checkpoint is broken: "
+                f"get it again, or take the base's with keep: {{base: [{tensor.name}]}}"
+            )
+    return values
+
+
+def _bytes(values: torch.Tensor) -> memoryview:
+    return memoryview(values.cpu().contiguous().view(torch.uint8).reshape(-1).numpy()) if values.numel() else memoryview(b"")
+
+
+@contextmanager
+def _one_thread_per_worker() -> Iterator[None]:
+    """Our threads are the parallelism; torch's own would fight them, and change the order of sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

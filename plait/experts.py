@@ -1,0 +1,221 @@
+"""The models of a recipe, opened and aligned: for every tensor of the reference, where each model has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from plait.errors import CheckpointError
+from plait.names import Alignment, align, is_tied, tie_candidates
+from plait.recipe import Recipe
+from plait.sources import open_source, split_adapter_spec
+from plait.sources.base import LowRank, LowRankSource, Source, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+_COMPARE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Input:
+    """One model's version of one tensor. With `update`, it is the tensor `under` plus a low-rank task vector."""
+
+    model: str
+    source: Source
+    stored: str
+    shape: tuple[int, ...]
+    dtype: str
+    update: LowRank | None = None
+    under: Input | None = None
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Stored elements [start, stop) of a whole tensor, flat, in storage type."""
+        return self.source.read(self.stored, start, stop)
+
+    def task_vector(self, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the low-rank task vector, flat float32."""
+        assert self.update is not None and isinstance(self.source, LowRankSource)
+        return self.source.delta(self.update.target, start, stop)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read for the whole tensor (the factors of an update are counted as nothing)."""
+        whole = self.under if self.update is not None else self
+        return TensorSpec(self.stored, self.shape, whole.dtype).nbytes if whole else 0
+
+
+@dataclass
+class Model:
+    """An opened model and its alignment to the reference's names."""
+
+    name: str
+    label: str
+    source: Source
+    alignment: Alignment = field(default_factory=Alignment)
+    under: Model | None = None
+    """What an adapter sits on."""
+    updates: dict[str, str] = field(default_factory=dict)
+    """Reference name → target name in the adapter."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether only updates are stored."""
+        return self.under is not None
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json; an adapter has its base's."""
+        return self.under.config if self.under is not None else self.source.config
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The whole tensors stored, by stored name."""
+        return self.source.specs
+
+    def find(self, name: str) -> Input | None:
+        """This model's version of the reference tensor `name`, or None when it has none."""
+        stored = self.alignment.names.get(name)
+        if stored is None and self.alignment.stripped + name in self.source.specs:
+            stored = self.alignment.stripped + name  # deeper than the reference: layers that only slices reach
+        if stored is not None:
+            spec = self.source.specs[stored]
+            return Input(self.name, self.source, stored, spec.shape, spec.dtype)
+        if self.under is None:
+            return None
+        under = self.under.find(name)
+        target = self.updates.get(name)
+        if under is None or target is None:
+            return under
+        assert isinstance(self.source, LowRankSource)
+        update = self.source.updates[target]
+        return Input(self.name, self.source, target, update.shape, under.dtype, update, under)
+
+    def extra(self) -> list[str]:
+        """Stored names that the reference does not have (heads)."""
+        return self.alignment.extra
+
+
+class Library:
+    """Opens each checkpoint of a recipe once."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._open: dict[str, Source] = {}
+
+    def source(self, spec: str) -> Source:
+        """The source of one spelling."""
+        if spec not in self._open:
+            self._open[spec] = open_source(spec, root=self.recipe.folder)
+        return self._open[spec]
+
+    def model(self, spec: str, name: str, base: Model | None) -> Model:
+        """Open a model; an adapter goes on the base it is spelt with, else the recipe's, else its own config's."""
+        body, adapter = split_adapter_spec(spec, self.recipe.folder)
+        if adapter is None:
+            source = self.source(body)
+            if not isinstance(source, LowRankSource):
+                return Model(name, spec, source)
+            return Model(name, spec, source, under=base or self._named_base(source, name))
+        source = self.source(adapter)
+        if not isinstance(source, LowRankSource):
+            raise CheckpointError(f"{spec}: '{adapter}' is not a PEFT adapter; the part after '+' must be one")
+        whole = self.source(body)
+        if isinstance(whole, LowRankSource):
+            raise CheckpointError(f"{spec}: '{body}' is an adapter; the part before '+' must be a whole model")
+        if base is not None and whole is base.source:
+            return Model(name, spec, source, under=base)
+        return Model(name, spec, source, under=Model(f"{name}~base", body, whole))
+
+    def _named_base(self, source: LowRankSource, name: str) -> Model:
+        if source.base_label is None:
+            raise CheckpointError(f"{source.label}: is an adapter; say base_model in the recipe, or spell it base+adapter")
+        whole = self.source(source.base_label)
+        if isinstance(whole, LowRankSource):
+            raise CheckpointError(f"{source.label}: its base '{source.base_label}' is itself an adapter")
+        return Model(f"{name}~base", source.base_label, whole)
+
+    def close(self) -> None:
+        """Close every source."""
+        for source in self._open.values():
+            source.close()
+
+
+def align_model(model: Model, reference: Model) -> None:
+    """Fill `model.alignment` and `model.updates` against the reference's stored names."""
+    names = list(reference.specs())
+    if model.under is not None and model.under is not reference and not model.under.alignment.names:
+        align_model(model.under, reference)
+    if isinstance(model.source, LowRankSource):
+        _align_adapter(model, reference, names)
+        return
+    model.alignment = align(names, list(model.specs()), model.label, reference.label)
+    _resolve_ties(model, reference)
+
+
+def _align_adapter(model: Model, reference: Model, names: list[str]) -> None:
+    assert isinstance(model.source, LowRankSource)
+    targets = list(model.source.updates)
+    spellings = _memory_names(reference, names, targets)
+    found = align(list(spellings), [*targets, *model.specs()], model.label, reference.label)
+    for spelling, stored in found.names.items():
+        (model.updates if stored in model.source.updates else model.alignment.names)[spellings[spelling]] = stored
+    model.alignment.stripped, model.alignment.added = found.stripped, found.added
+    unmatched = [name for name in found.extra if name in model.source.updates]
+    if unmatched:
+        raise CheckpointError(
+            f"{model.label}: updates '{unmatched[0]}'{f' and {len(unmatched) - 1} more' if unmatched[1:] else ''}, which "
+            f"{reference.label} does not have; is it an adapter of another base?"
+        )
+    model.alignment.extra = [name for name in found.extra if name not in model.source.updates]
+
+
+def _memory_names(reference: Model, names: list[str], targets: list[str]) -> dict[str, str]:
+    """Spelling in the adapter's vocabulary → reference name.
+
+    Adapters carry the module names of the transformers version that trained them, files may carry older ones.
+    """
+    plain = {name: name for name in names}
+    matched = {name.rsplit(".", 2)[-2:][0] for name in names if "." in name}
+    if all(len(target.split(".")) < 2 or target.split(".")[-2] in matched for target in targets):
+        return plain
+    from plait.renames import in_memory_names
+
+    renamed = in_memory_names(reference.config, names)
+    return {**plain, **{memory: stored for stored, memory in renamed.items()}} if renamed else plain
+
+
+def _resolve_ties(model: Model, reference: Model) -> None:
+    """A tensor that the model lacks because it is tied to one it has; one that it stores twice."""
+    have = model.alignment.names
+    for name in list(model.alignment.missing):
+        for other in tie_candidates(name, have):
+            if is_tied(reference.config) or same_bytes(reference.find(name), reference.find(other)):
+                have[name] = have[other]
+                model.alignment.missing.remove(name)
+                model.notes.append(f"'{name}' is tied to '{other}'")
+                break
+    for name in list(model.alignment.extra):
+        for other in tie_candidates(name, list(model.specs())):
+            spec, twin = model.specs()[name], model.specs()[other]
+            first, second = (Input(model.name, model.source, s.name, s.shape, s.dtype) for s in (spec, twin))
+            if other not in model.alignment.extra and same_bytes(first, second):
+                model.alignment.extra.remove(name)
+                model.notes.append(f"'{name}' is a second copy of '{other}' and is left out")
+                break
+
+
+def same_bytes(first: Input | None, second: Input | None) -> bool:
+    """Whether two whole stored tensors are equal, compared in pieces."""
+    import torch
+
+    if first is None or second is None or first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    numel = TensorSpec("", first.shape, first.dtype).numel
+    return all(
+        torch.equal(first.read(at, min(numel, at + _COMPARE)), second.read(at, min(numel, at + _COMPARE)))
+        for at in range(0, numel, _COMPARE)
+    )
+
+

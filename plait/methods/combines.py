@@ -1,0 +1,82 @@
+"""{τ'_k} → Δ: how K vectors become one.
+
+Every combine takes the block and a stream of vectors [K, n] (task vectors, or weights where there is no base) and gives
+a stream [n].
+"""
+
+from __future__ import annotations
+
+import torch
+
+from plait.methods.block import Block, per_model
+from plait.methods.contract import PerModel
+from plait.methods.stream import Stream
+from plait.methods.transforms import fold
+
+
+def sum_(block: Block, vectors: Stream, *, weight: PerModel[float] = 1.0, normalize: bool = False) -> Stream:
+    """Σ w_k v_k, divided by Σ w_k with `normalize`."""
+    weights = per_model(weight, len(block.tasks))
+    divisor = sum(weights)
+    plain = all(w == 1 for w in weights)
+
+    def add(values: torch.Tensor) -> torch.Tensor:
+        result = fold(values if plain else values * column(weights, values))
+        return result / divisor if normalize else result
+
+    return vectors.map(add)
+
+
+def elect(block: Block, vectors: Stream, *, weight: PerModel[float] = 1.0, normalize: bool = True) -> Stream:
+    """Elect a sign for every entry, then add up the experts that have it (TIES, arXiv:2306.01708, steps 2 and 3).
+
+    γ = sign(Σ w_k v_k); the result is Σ w_k v_k over the k whose entry has sign γ, divided by their Σ w_k with
+    `normalize` (the paper's disjoint mean). Where Σ w_k v_k = 0 the sign is + (mergekit), or with `trim: model` the
+    majority sign of the whole model (the authors' code).
+    """
+    weights = per_model(weight, len(block.tasks))
+    zero_is_positive = block.state is None or block.state.majority >= 0
+
+    def merge(values: torch.Tensor) -> torch.Tensor:
+        scales = column(weights, values)
+        values = values * scales
+        total = fold(values)
+        positive = total >= 0 if zero_is_positive else total > 0
+        # × ±1 instead of a branch: an entry agrees when its product with the elected sign is positive.
+        sign = positive.to(values.dtype) * 2 - 1
+        agrees = (values * sign) > 0
+        result = fold(values * agrees)
+        if not normalize:
+            return result
+        divisor = fold(agrees * scales)
+        return result / torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+
+    return vectors.map(merge)
+
+
+def sce(block: Block, vectors: Stream) -> Stream:
+    """Weight each expert by its mean squared task vector, and drop minority signs (SCE, arXiv:2408.07990).
+
+    w_k = mean(τ_k²) / Σ_j mean(τ_j²) per tensor; Δ = Σ w_k τ_k / Σ w_k over the k with the elected sign.
+    """
+    n = max(vectors.grid.numel, 1)
+    energy = vectors.total(lambda values: values.to(torch.float64).square().sum(dim=-1)) / n
+    energy = energy.reshape(-1) if energy.ndim else torch.zeros(len(block.tasks), dtype=torch.float64)
+    whole = float(energy.sum())
+    # mergekit calls task vectors below this energy unchanged and weighs the experts alike.
+    weights = [1 / len(block.tasks)] * len(block.tasks) if whole < 1e-6 else (energy / whole).tolist()
+
+    def merge(values: torch.Tensor) -> torch.Tensor:
+        sign = (fold(values) >= 0).to(values.dtype) * 2 - 1
+        erased = ((values * sign) > 0) * column(weights, values)
+        return fold(values * erased) / fold(erased).clamp(min=1e-6)
+
+    return vectors.map(merge)
+
+
+def column(weights: list[float], values: torch.Tensor) -> torch.Tensor:
+    """[K] numbers as [K, 1], to multiply [K, n] with."""
+    return torch.tensor(weights, dtype=values.dtype, device=values.device).unsqueeze(1)
+
+
+COMBINES = {"sum": sum_, "elect": elect, "sce": sce}

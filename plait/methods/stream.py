@@ -1,0 +1,99 @@
+"""Tensors that are computed piece by piece, and the reductions over them.
+
+A method reads like mathematics on whole tensors, but nothing larger than a piece is ever in memory: `map` composes
+lazily, `sweep` walks all pieces once and collects what it is told to. The pieces of a tensor are fixed by its shape
+and the method's scope alone, never by memory budget or threads, so that every reduction adds up in the same order
+and every run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+
+T = TypeVar("T")
+Scope = Literal["element", "row", "tensor"]
+
+GRAIN = 1 << 17
+"""Elements of a piece: with K experts and a few temporaries it stays near the CPU's caches."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, stop) of a tensor in C order; `index` counts the pieces of its grid."""
+
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How one tensor is cut: runs of `unit` elements, the last one shorter."""
+
+    numel: int
+    unit: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], scope: Scope) -> Grid:
+        """element: pieces of GRAIN elements. row: as many whole rows (last axis) as fit. tensor: one piece."""
+        numel = 1
+        for size in shape:
+            numel *= size
+        if scope == "tensor":
+            return cls(numel, max(numel, 1))
+        if scope == "row":
+            columns = shape[-1] if shape else 1
+            return cls(numel, max(1, GRAIN // max(columns, 1)) * max(columns, 1))
+        return cls(numel, GRAIN)
+
+    def __len__(self) -> int:
+        return -(-self.numel // self.unit)
+
+    def __iter__(self) -> Iterator[Piece]:
+        for index in range(len(self)):
+            yield Piece(index, index * self.unit, min(self.numel, (index + 1) * self.unit))
+
+
+class Stream:
+    """A flat tensor [n], or K stacked ones [K, n], whose pieces are computed on demand."""
+
+    def __init__(self, grid: Grid, load: Callable[[Piece], torch.Tensor]) -> None:
+        self.grid = grid
+        self._load = load
+
+    def __call__(self, piece: Piece) -> torch.Tensor:
+        """The values of one piece; callers may write into what `map` made, never into what a source gave."""
+        return self._load(piece)
+
+    def map(self, fn: Callable[..., torch.Tensor], *others: Stream) -> Stream:
+        """Lazily fn(own piece, the others' same piece, …)."""
+        return Stream(self.grid, lambda piece: fn(self(piece), *(other(piece) for other in others)))
+
+    def map_pieces(self, fn: Callable[[torch.Tensor, Piece], torch.Tensor]) -> Stream:
+        """As `map`, for functions that must know where the piece lies."""
+        return Stream(self.grid, lambda piece: fn(self(piece), piece))
+
+    def sweep(self, fn: Callable[[torch.Tensor, Piece], T]) -> list[T]:
+        """Compute every piece once, in order, and return fn's results in that order."""
+        return [fn(self(piece), piece) for piece in self.grid]
+
+    def total(self, fn: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor | None = None) -> torch.Tensor:
+        """Sum of fn(piece) over the tensor, in the order of the pieces; fn should return float64."""
+        result = torch.zeros(()) if like is None else like
+        for index, part in enumerate(self.sweep(lambda values, _: fn(values))):
+            result = part if index == 0 else result + part
+        return result
+
+    def gather(self) -> torch.Tensor:
+        """All pieces side by side: the whole tensor, [n] or [K, n]. For tensors that are meant to be in memory."""
+        pieces = self.sweep(lambda values, _: values)
+        return torch.cat(pieces, dim=-1) if pieces else self(Piece(0, 0, 0))

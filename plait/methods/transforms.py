@@ -1,0 +1,216 @@
+"""τ_k → τ'_k: what is done to each task vector before they are combined.
+
+Every transform takes the block and a stream of task vectors [K, n] and gives a stream of the same shape.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+
+from plait.methods.block import Block, per_model
+from plait.methods.contract import Fraction, PerModel, Range
+from plait.methods.select import count_of, largest
+from plait.methods.stream import Piece, Stream
+
+
+
+def trim(
+    block: Block,
+    deltas: Stream,
+    *,
+    density: PerModel[Fraction] = 1.0,
+    rescale: bool = False,
+    trim: Literal["tensor", "model"] = "tensor",
+) -> Stream:
+    """Keep the `density` share of largest magnitude of every task vector (TIES, arXiv:2306.01708, step 1).
+
+    `trim: tensor` takes the share of every tensor (mergekit, PEFT); `trim: model` finds one threshold per expert over
+    all merged tensors (the paper and its code). Exactly ⌊density·n⌋ are kept; among equals the lowest position first.
+    """
+    densities = per_model(density, len(block.tasks))
+    if trim == "model" and block.state is not None:
+        cuts = block.state.cuts[block.name]
+    elif all(d >= 1 for d in densities):
+        return deltas
+    else:
+        counts = [[count_of(d, deltas.grid.numel)] for d in densities]
+        cuts = largest(deltas.map(torch.abs), counts, deltas.grid.numel)
+
+    def keep(values: torch.Tensor, piece: Piece) -> torch.Tensor:
+        for k, (cut,) in enumerate(cuts):
+            values[k] *= cut.mask(values[k].abs(), piece)
+        return values
+
+    trimmed = deltas.map_pieces(keep)
+    return match_l1(deltas, trimmed) if rescale else trimmed
+
+
+def drop(
+    block: Block,
+    deltas: Stream,
+    *,
+    density: PerModel[Annotated[float, Range(0, 1, open_low=True)]] = 1.0,
+    rescale: bool = True,
+    rescale_by: Literal["density", "l1"] = "density",
+) -> Stream:
+    """Keep each entry with probability `density` (DARE, arXiv:2311.03099).
+
+    With `rescale`, what is kept is multiplied by 1/density (the paper), or so that each tensor's L1 norm is as before
+    (`rescale_by: l1`, what mergekit does). Draws are keyed by (seed, tensor, task, position).
+    """
+    densities = per_model(density, len(block.tasks))
+    if all(d >= 1 for d in densities):
+        return deltas
+    by_density = rescale and rescale_by == "density"
+
+    def keep(values: torch.Tensor, piece: Piece) -> torch.Tensor:
+        for k, d in enumerate(densities):
+            if d < 1:
+                values[k] *= block.uniform(k, piece).to(values.device) < d
+                if by_density:
+                    values[k] /= d
+        return values
+
+    dropped = deltas.map_pieces(keep)
+    return match_l1(deltas, dropped) if rescale and not by_density else dropped
+
+
+def outliers(
+    block: Block,
+    deltas: Stream,
+    *,
+    density: PerModel[Fraction] = 1.0,
+    gamma: PerModel[Fraction] = 0.01,
+    rescale: bool = False,
+) -> Stream:
+    """Drop the `gamma` share of largest magnitude, then the smallest, so that `density` stays.
+
+    Model Breadcrumbs (arXiv:2312.06795), as mergekit parametrises it. Where density + gamma > 1 fewer outliers go.
+    At least one entry of a tensor is kept, so that small tensors do not lose their task vector.
+    """
+    k_tasks, n = len(block.tasks), deltas.grid.numel
+    densities, gammas = per_model(density, k_tasks), per_model(gamma, k_tasks)
+    if all(d >= 1 for d in densities):
+        return deltas
+    counts = []
+    for d, g in zip(densities, gammas, strict=True):
+        kept = n if d >= 1 else count_of(d, n)
+        top = 0 if d >= 1 else min(int(g * n), n - kept)
+        counts.append([top, top + kept])
+    cuts = largest(deltas.map(torch.abs), counts, n)
+
+    def keep(values: torch.Tensor, piece: Piece) -> torch.Tensor:
+        for k, (top, bottom) in enumerate(cuts):
+            size = values[k].abs()
+            values[k] *= bottom.mask(size, piece) & ~top.mask(size, piece)
+        return values
+
+    kept = deltas.map_pieces(keep)
+    return match_l1(deltas, kept) if rescale else kept
+
+
+def magprune(
+    block: Block,
+    deltas: Stream,
+    *,
+    density: PerModel[Fraction] = 1.0,
+    epsilon: PerModel[Fraction] = 0.15,
+    rescale: bool = True,
+) -> Stream:
+    """Keep entries at random, the larger of a row the more likely (DELLA, arXiv:2406.11617).
+
+    An entry of rank r (0 = smallest magnitude) among the c of its row is kept with probability
+    density − ε + 2ε·r/(c−1); one-dimensional tensors are one row; among equals the lower position ranks lower. With
+    `rescale` each tensor's L1 norm is as before, as in mergekit (the paper divides by the probability).
+    """
+    k_tasks = len(block.tasks)
+    densities, epsilons = per_model(density, k_tasks), per_model(epsilon, k_tasks)
+    if all(d >= 1 for d in densities):
+        return deltas
+
+    def keep(values: torch.Tensor, piece: Piece) -> torch.Tensor:
+        for k, (d, e) in enumerate(zip(densities, epsilons, strict=True)):
+            if d >= 1:
+                continue
+            if d <= 0:
+                values[k] = 0
+                continue
+            size = block.rows(values[k].abs())
+            rank = torch.argsort(torch.argsort(size, dim=-1, stable=True), dim=-1).to(torch.float64)
+            share = rank / max(size.shape[-1] - 1, 1)
+            chance = ((d - e) + share * 2 * e).reshape(-1)
+            values[k] *= block.uniform(k, piece).to(values.device) < chance
+        return values
+
+    kept = deltas.map_pieces(keep)
+    return match_l1(deltas, kept) if rescale else kept
+
+
+def consensus(
+    block: Block,
+    deltas: Stream,
+    *,
+    mu: Annotated[float, Range(0)] = 0.6,
+    votes: Annotated[int, Range(1)] = 2,
+) -> Stream:
+    """Keep the entries that matter to at least `votes` experts (Consensus TA with TALL masks, arXiv:2405.07813).
+
+    Entry i matters to expert k when |τ_k| ≥ μ·|τ_mt − τ_k|, where τ_mt = Σ τ; entries that fewer need are dropped
+    from all experts, as selfish or useless.
+    """
+
+    def keep(values: torch.Tensor) -> torch.Tensor:
+        together = fold(values)
+        matters = values.abs() >= mu * (together - values).abs()
+        return values * (matters.sum(0) >= votes)
+
+    return deltas.map(keep)
+
+
+def spread(block: Block, deltas: Stream, *, select_topk: Fraction = 1.0) -> Stream:
+    """Keep the `select_topk` share of entries whose variance across the experts is largest (SCE, arXiv:2408.07990).
+
+    The share is of the entries with any variance; among equals the lowest position first.
+    """
+    if select_topk >= 1:
+        return deltas
+    variance = deltas.map(lambda values: values.var(dim=0, unbiased=False).unsqueeze(0))
+    varied = variance.total(lambda values: torch.count_nonzero(values))
+    count = int(int(varied) * select_topk)
+    ((cut,),) = largest(variance, [[count]], deltas.grid.numel)
+    return deltas.map_pieces(
+        lambda values, piece: values * cut.mask(values.var(dim=0, unbiased=False), piece)
+    )  # fmt: skip
+
+
+def match_l1(before: Stream, after: Stream) -> Stream:
+    """Scale each task vector of `after` [K, n] so that its L1 norm over the tensor is that of `before`."""
+    whole = before.total(_l1)
+    kept = after.total(_l1)
+    tiny = (whole < 1e-7) | (kept < 1e-7)
+    factor = torch.where(tiny, torch.ones_like(whole), whole / torch.where(tiny, torch.ones_like(kept), kept))
+    return after.map(lambda values: values * factor.to(values.dtype).reshape(-1, 1))
+
+
+def _l1(values: torch.Tensor) -> torch.Tensor:
+    return values.abs().sum(dim=-1, dtype=torch.float64)
+
+
+def fold(values: torch.Tensor) -> torch.Tensor:
+    """Sum over the experts, one after another in canonical order: the same rounding at every position."""
+    result = values[0].clone()
+    for row in values[1:]:
+        result += row
+    return result
+
+
+TRANSFORMS = {
+    "trim": trim,
+    "drop": drop,
+    "outliers": outliers,
+    "magprune": magprune,
+    "consensus": consensus,
+    "spread": spread,
+}
