@@ -1,10 +1,10 @@
 """Plait: several fine-tuned experts of one base model, merged into one.
 
-    import plait
-    plait.merge("recipe.yaml", "merged/")                        # streams checkpoints of any size
+import plait
+plait.merge("recipe.yaml", "merged/")                        # streams checkpoints of any size
 
-    from plait.methods import ties
-    ties([a, b], base=base, density=0.2)                         # tensors or state dicts in memory
+from plait.methods import ties
+ties([a, b], base=base, density=0.2)                         # tensors or state dicts in memory
 """
 
 from __future__ import annotations
@@ -19,11 +19,26 @@ if TYPE_CHECKING:
     from plait.run import Merged, merge
 
 __all__ = [
-    "CheckpointError", "MachineError", "Merged", "Plan", "PlaitError", "Recipe", "RecipeError", "load_recipe",
-    "make_plan", "merge",
+    "CheckpointError",
+    "MachineError",
+    "Merged",
+    "PlaitError",
+    "Plan",
+    "Recipe",
+    "RecipeError",
+    "load_recipe",
+    "make_plan",
+    "merge",
 ]  # fmt: skip
 
-_HOMES = {"Merged": "run", "merge": "run", "Plan": "plan", "make_plan": "plan", "Recipe": "recipe", "load_recipe": "recipe"}
+_HOMES = {
+    "Merged": "run",
+    "merge": "run",
+    "Plan": "plan",
+    "make_plan": "plan",
+    "Recipe": "recipe",
+    "load_recipe": "recipe",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -72,7 +72,10 @@ def plan(
 
 @app.command()
 def merge(
-    where: Annotated[list[str], typer.Argument(metavar="[RECIPE] OUT", help="Recipe file and output folder; only the folder with --method.")],
+    where: Annotated[
+        list[str],
+        typer.Argument(metavar="[RECIPE] OUT", help="Recipe file and output folder; only the folder with --method."),
+    ],
     method: Method = None,
     base: Base = None,
     expert: Experts = None,
@@ -83,7 +86,9 @@ def merge(
     threads: Threads = None,
     device: Device = "cpu",
     shard_size: Annotated[str, typer.Option(help="Largest size of one weight file.")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder, at the end, in one step.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output folder, at the end, in one step.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -101,7 +106,9 @@ def merge(
 
 @app.command()
 def inspect(
-    models: Annotated[list[str], typer.Argument(metavar="RECIPE | EXPERT…", help="A recipe file, or experts with --base.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="RECIPE | EXPERT…", help="A recipe file, or experts with --base.")
+    ],
     base: Base = None,
     memory: Memory = "512MB",
     threads: Threads = None,

@@ -18,6 +18,7 @@ _BITS = {
 }  # fmt: skip
 _UNSUPPORTED = {
     "F8_E4M3": "float8", "F8_E5M2": "float8", "F8_E8M0": "float8", "F8_E4M3FNUZ": "float8", "F8_E5M2FNUZ": "float8",
+    **dict.fromkeys(["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"], "float8"),
     "F4": "4-bit float", "F6_E2M3": "6-bit float", "F6_E3M2": "6-bit float",
     "U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64",
 }  # fmt: skip

@@ -14,13 +14,13 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from plait.decide import TensorPlan
 from plait.dtypes import itemsize, to_torch
 from plait.errors import CheckpointError, MachineError
 from plait.experts import Input
 from plait.methods.block import Block, Reader, as_float
 from plait.methods.contract import MergeMethod
 from plait.methods.stream import GRAIN, Grid, Piece
-from plait.plan import TensorPlan
 from plait.writer import FolderWriter
 
 R = TypeVar("R")
@@ -56,7 +56,9 @@ class Engine:
             return None
         return method.survey(_Surveyed(self, tensors, seed))
 
-    def merge(self, method: MergeMethod, tensors: list[TensorPlan], seed: int, state: Any, writer: FolderWriter) -> None:
+    def merge(
+        self, method: MergeMethod, tensors: list[TensorPlan], seed: int, state: Any, writer: FolderWriter
+    ) -> None:
         """Merge or copy every tensor into the writer."""
 
         def job(tensor: TensorPlan) -> None:
@@ -92,7 +94,7 @@ class Engine:
                 for future in futures:
                     future.cancel()
         errors = [error for future in done if (error := future.exception()) is not None]
-        for error in sorted(errors, key=lambda error: isinstance(error, _Stopped)):
+        for error in sorted(errors, key=lambda error: isinstance(error, _StoppedError)):
             raise error
         return [results[index] for index in range(len(tensors))]
 
@@ -117,7 +119,7 @@ class Engine:
 
         def whole(piece: Piece) -> torch.Tensor:
             if self._stop.is_set():
-                raise _Stopped
+                raise _StoppedError
             if item.update is None:
                 values = as_float(item.read(piece.start, piece.stop))
             else:
@@ -139,7 +141,9 @@ class Engine:
         for piece in tensor.grid:
             values = merged(piece).to(dtype)
             if tensor.dtype == "F16" and not torch.isfinite(values).all():
-                raise MachineError(f"'{tensor.name}': merged values exceed float16 (65504); set out_dtype: bfloat16 or float32")
+                raise MachineError(
+                    f"'{tensor.name}': merged values exceed float16 (65504); set out_dtype: bfloat16 or float32"
+                )
             writer.write(tensor.name, piece.start * width, _bytes(values))
             self.progress.advance(int(piece.numel * share))
 
@@ -148,15 +152,15 @@ class Engine:
         dtype, width = to_torch(tensor.dtype), itemsize(tensor.dtype)
         for piece in Grid(tensor.spec.numel, GRAIN * 2):
             if self._stop.is_set():
-                raise _Stopped
+                raise _StoppedError
             if source.update is not None:
                 raise MachineError(f"'{tensor.name}': a low-rank update cannot be copied")
             values = source.read(piece.start, piece.stop)
             for other in others:
                 if not torch.equal(values, other.read(piece.start, piece.stop)):
                     raise CheckpointError(
-                        f"{other.model}: '{tensor.name}' ({other.dtype}) differs from {source.model}'s; tensors that are "
-                        f"not floating cannot be merged; keep: {{base: [{tensor.name}]}} takes the base's"
+                        f"{other.model}: '{tensor.name}' ({other.dtype}) differs from {source.model}'s; tensors "
+                        f"that are not floating cannot be merged; keep: {{base: [{tensor.name}]}} takes the base's"
                     )
             writer.write(tensor.name, piece.start * width, _bytes(values.to(dtype)))
             self.progress.advance(piece.numel * itemsize(source.dtype) * (1 + len(others)))
@@ -176,7 +180,7 @@ class Engine:
                 self._room.notify_all()
 
 
-class _Stopped(Exception):
+class _StoppedError(Exception):
     """Raised inside jobs when another job has failed."""
 
 
@@ -216,14 +220,14 @@ def finite(values: torch.Tensor, item: Input, tensor: TensorPlan, piece: Piece) 
                 at //= size
             kind = "NaN" if torch.isnan(values).any() else "an infinity"
             raise CheckpointError(
-                f"{item.source.label}: tensor '{item.stored}' holds {kind} at {place[::-1]}; this checkpoint is broken: "
-                f"get it again, or take the base's with keep: {{base: [{tensor.name}]}}"
+                f"{item.source.label}: tensor '{item.stored}' holds {kind} at {place[::-1]}; this checkpoint is "
+                f"broken: get it again, or take the base's with keep: {{base: [{tensor.name}]}}"
             )
     return values
 
 
 def _bytes(values: torch.Tensor) -> memoryview:
-    return memoryview(values.cpu().contiguous().view(torch.uint8).reshape(-1).numpy()) if values.numel() else memoryview(b"")
+    return values.cpu().contiguous().view(torch.uint8).numpy().data
 
 
 @contextmanager

@@ -36,7 +36,8 @@ class Input:
 
     def task_vector(self, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the low-rank task vector, flat float32."""
-        assert self.update is not None and isinstance(self.source, LowRankSource)
+        assert self.update is not None
+        assert isinstance(self.source, LowRankSource)
         return self.source.delta(self.update.target, start, stop)
 
     @property
@@ -79,12 +80,13 @@ class Model:
         stored = self.alignment.names.get(name)
         if stored is None and self.alignment.stripped + name in self.source.specs:
             stored = self.alignment.stripped + name  # deeper than the reference: layers that only slices reach
+        whole = None
         if stored is not None:
             spec = self.source.specs[stored]
-            return Input(self.name, self.source, stored, spec.shape, spec.dtype)
+            whole = Input(self.name, self.source, stored, spec.shape, spec.dtype)
         if self.under is None:
-            return None
-        under = self.under.find(name)
+            return whole
+        under = whole or self.under.find(name)  # an adapter may store a tensor whole and update it besides
         target = self.updates.get(name)
         if under is None or target is None:
             return under
@@ -130,7 +132,9 @@ class Library:
 
     def _named_base(self, source: LowRankSource, name: str) -> Model:
         if source.base_label is None:
-            raise CheckpointError(f"{source.label}: is an adapter; say base_model in the recipe, or spell it base+adapter")
+            raise CheckpointError(
+                f"{source.label}: is an adapter; say base_model in the recipe, or spell it base+adapter"
+            )
         whole = self.source(source.base_label)
         if isinstance(whole, LowRankSource):
             raise CheckpointError(f"{source.label}: its base '{source.base_label}' is itself an adapter")
@@ -162,10 +166,14 @@ def _align_adapter(model: Model, reference: Model, names: list[str]) -> None:
     for spelling, stored in found.names.items():
         (model.updates if stored in model.source.updates else model.alignment.names)[spellings[spelling]] = stored
     model.alignment.stripped, model.alignment.added = found.stripped, found.added
+    model.source.orient(
+        {target: reference.specs()[name] for name, target in model.updates.items() if name in reference.specs()}
+    )
     unmatched = [name for name in found.extra if name in model.source.updates]
     if unmatched:
+        more = f" and {len(unmatched) - 1} more" if unmatched[1:] else ""
         raise CheckpointError(
-            f"{model.label}: updates '{unmatched[0]}'{f' and {len(unmatched) - 1} more' if unmatched[1:] else ''}, which "
+            f"{model.label}: updates '{unmatched[0]}'{more}, which "
             f"{reference.label} does not have; is it an adapter of another base?"
         )
     model.alignment.extra = [name for name in found.extra if name not in model.source.updates]
@@ -217,5 +225,3 @@ def same_bytes(first: Input | None, second: Input | None) -> bool:
         torch.equal(first.read(at, min(numel, at + _COMPARE)), second.read(at, min(numel, at + _COMPARE)))
         for at in range(0, numel, _COMPARE)
     )
-
-

@@ -49,7 +49,9 @@ class Sums:
             "parameters": self.numel,
             "base_norm": self.base**0.5,
             "norm": dict(zip(tasks, norms.tolist(), strict=True)),
-            "relative_norm": {t: float(n) / self.base**0.5 if self.base else 0.0 for t, n in zip(tasks, norms, strict=True)},
+            "relative_norm": {
+                t: float(n) / self.base**0.5 if self.base else 0.0 for t, n in zip(tasks, norms, strict=True)
+            },
             "cosine": cosine.tolist(),
             "sign_agreement": share.tolist(),
             "unanimous": self.unanimous / self.touched if self.touched else 0.0,

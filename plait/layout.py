@@ -10,7 +10,6 @@ from plait.experts import Model
 from plait.layers import Layers, is_before
 from plait.recipe import Recipe
 
-
 BASE = "(base)"
 """The base's name among models; no model of a recipe can be called that."""
 

@@ -1,69 +1,21 @@
-"""What will happen to every tensor, decided from headers alone: merged, copied, kept per task, or refused, and why."""
+"""What will happen, decided from headers alone: models opened and aligned, every tensor decided about."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-from plait.dtypes import FLOATS, from_recipe, widest
-from plait.errors import CheckpointError, RecipeError
+from plait.decide import Planner, TensorPlan
+from plait.errors import RecipeError
 from plait.experts import Input, Library, Model, align_model
-from plait.layers import Layers, resize_config
-from plait.layout import BASE, Entry, entries_of
+from plait.layers import resize_config
+from plait.layout import BASE
 from plait.methods.compose import method_of
 from plait.methods.contract import MergeMethod
-from plait.methods.stream import Grid, Scope
-from plait.names import is_tied, tie_candidates
 from plait.recipe import Recipe
 from plait.settings import Resolver
-from plait.sources.base import TensorSpec
-from plait.vocabulary import match_vocabularies, vocabulary_hint
-
-Action = Literal["merge", "copy"]
-_COUNTERS = "num_batches_tracked"
-"""BatchNorm's step counter: differs between experts by nature, and nothing at inference reads it."""
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """One tensor of the merged model."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    action: Action
-    reason: str
-    inputs: tuple[Input, ...]
-    """Merged: one per expert in canonical order. Copied: what is copied, then what must agree with it."""
-    base: Input | None = None
-    keywords: Mapping[str, Any] = field(default_factory=dict)
-    depth: float = 0.0
-    scope: Scope = "element"
-    key: str = ""
-    """Name that keys random numbers and surveys: a tied tensor has its twin's."""
-
-    @property
-    def spec(self) -> TensorSpec:
-        """Name, shape and type as written."""
-        return TensorSpec(self.name, self.shape, self.dtype)
-
-    @property
-    def grid(self) -> Grid:
-        """How the tensor is cut."""
-        return Grid.of(self.shape, self.scope)
-
-    @property
-    def bytes_in(self) -> int:
-        """Bytes read once over all inputs and the base."""
-        return sum(item.nbytes for item in self.inputs) + (self.base.nbytes if self.base else 0)
-
-    def working_bytes(self) -> int:
-        """Memory of the job: the buffers of one piece, which a method holds about four times per expert."""
-        if self.action == "copy":
-            return 1 << 22
-        wide = 8 if "F64" in {item.dtype for item in self.inputs} else 4
-        return min(self.grid.unit, max(self.grid.numel, 1)) * wide * (4 * len(self.inputs) + 6)
+from plait.vocabulary import match_vocabularies
 
 
 @dataclass
@@ -133,7 +85,7 @@ def make_plan(recipe: Recipe) -> Plan:
     notes = list(resolver.notes)
     notes += match_vocabularies(recipe, reference, base, ordered)
     experts = _experts(recipe, method, base, opened)
-    planner = _Planner(recipe, method, resolver, reference, base, experts)
+    planner = Planner(recipe, method, resolver, reference, base, experts)
     tensors = planner.run()
     resolver.check_filters(planner.merged_names)
     donor = reference if reference is base else _donor(recipe, opened, ordered)
@@ -174,15 +126,13 @@ def _donor(recipe: Recipe, opened: Mapping[str, Model], ordered: list[Model]) ->
         differ = sorted(k for k in keys - _COSMETIC if first.config.get(k) != model.config.get(k))
         if differ:
             raise RecipeError(
-                f"{recipe.where('base_model')}: the models' config.json differ ({', '.join(differ[:5])} of {first.label} "
-                f"and {model.label}); name a base_model, whose config.json is then taken"
+                f"{recipe.where('base_model')}: the models' config.json differ ({', '.join(differ[:5])} of "
+                f"{first.label} and {model.label}); name a base_model, whose config.json is then taken"
             )
     return first
 
 
-def _experts(
-    recipe: Recipe, method: MergeMethod, base: Model | None, opened: Mapping[str, Model]
-) -> list[list[Model]]:
+def _experts(recipe: Recipe, method: MergeMethod, base: Model | None, opened: Mapping[str, Model]) -> list[list[Model]]:
     """Per slice (one for `models`) the experts in canonical order, checked for number and for the base."""
     groups = []
     sources = [[s.model for s in piece.sources] for piece in recipe.slices or []]
@@ -202,179 +152,3 @@ def _experts(
             raise RecipeError(f"{where}: {method.name} takes {wanted} model(s){beside}, got {len(group)}")
         groups.append(group)
     return groups
-
-
-class _Planner:
-    """One pass over the output's tensors."""
-
-    def __init__(
-        self, recipe: Recipe, method: MergeMethod, resolver: Resolver, reference: Model, base: Model | None,
-        experts: list[list[Model]],
-    ) -> None:  # fmt: skip
-        self.recipe, self.method, self.resolver = recipe, method, resolver
-        self.reference, self.base, self.experts = reference, base, experts
-        self.layers = Layers(reference.specs())
-        self.entries, self.picked = entries_of(recipe, reference, self.layers, base)
-        self.notes: list[str] = []
-        self.merged_names: list[str] = []
-        self.problems: list[str] = []
-        self._matched: set[str] = set()
-        self._tied = is_tied(reference.config)
-        self._per_task: set[str] = set()
-
-    def run(self) -> list[TensorPlan]:
-        planned = [plan for plan in (self._tensor(entry) for entry in self.entries) if plan is not None]
-        self._check_keep()
-        if self.problems:
-            more = f"\n… and {len(self.problems) - 5} more" if len(self.problems) > 5 else ""
-            raise CheckpointError("\n".join(self.problems[:5]) + more)
-        copied = [p for p in planned if p.action == "copy" and p.reason.startswith("no expert")]
-        if copied:
-            names = ", ".join(p.name for p in copied[:3]) + (", …" if len(copied) > 3 else "")
-            self.notes.append(f"{len(copied)} tensor(s) are the base's, because no expert has them: {names}")
-        return planned
-
-    def heads(self, models: list[Model]) -> dict[str, list[Input]]:
-        """Per task: what only the expert has, and what `keep: per_task` sets apart."""
-        result: dict[str, list[Input]] = {}
-        for model in models:
-            if self.base is not None and model.source is self.base.source:
-                continue
-            own = []
-            for stored in model.extra():
-                spec = model.specs()[stored]
-                own.append(Input(model.name, model.source, stored, spec.shape, spec.dtype))
-            for name in sorted(self._per_task):
-                found = model.find(name)
-                if found is not None and found.source is model.source:
-                    own.append(found)
-            if own:
-                result[model.name] = own
-        return result
-
-    def _tensor(self, entry: Entry) -> TensorPlan | None:
-        base = self.base.find(entry.of(self.base.name)) if self.base is not None else None
-        experts = self.experts[entry.slice_index]
-        found = {model.name: model.find(entry.of(model.name)) for model in experts}
-        kept = self._kept(entry, base)
-        if kept is not None:
-            return kept if kept != "omit" else None  # type: ignore[return-value]
-        present = {name: item for name, item in found.items() if item is not None}
-        if not present:
-            if base is None:
-                self.problems.append(f"{self.reference.label}: tensor '{entry.name}' is in no listed model")
-                return None
-            return self._copy(entry, base, "no expert has it")
-        first = base or next(iter(present.values()))
-        if first.dtype not in FLOATS:
-            return self._non_float(entry, first, present)
-        missing = [model for model in experts if found[model.name] is None]
-        if missing:
-            self._missing(entry, missing, present)
-            return None
-        for model in experts:
-            item = found[model.name]
-            assert item is not None
-            if item.shape != first.shape:
-                self._mismatch(entry, model, item, first)
-                return None
-        if base is not None and self.method.base != "unused" and all(
-            item.stored == base.stored and item.source is base.source for item in present.values()
-        ):
-            return self._copy(entry, base, "no adapter changes it")
-        return self._merge(entry, base if self.method.base != "unused" else None, first, list(present.values()))
-
-    def _merge(self, entry: Entry, base: Input | None, first: Input, inputs: list[Input]) -> TensorPlan:
-        key, t, depth = self._key(entry), entry.t, entry.depth
-        tasks = [item.model for item in inputs]
-        inputs_named = {model: entry.of(model) for model in tasks}
-        slice_index = entry.slice_index if self.recipe.slices is not None else None
-        keywords = self.resolver.keywords(key, t, tasks, inputs_named, slice_index)
-        self.merged_names += [entry.name, *inputs_named.values()]
-        return TensorPlan(
-            name=entry.name,
-            shape=first.shape,
-            dtype=self._dtype(first if self.base is not None else None, inputs),
-            action="merge",
-            reason=f"{len(inputs)} models",
-            inputs=tuple(inputs),
-            base=base,
-            keywords=keywords,
-            depth=depth,
-            scope=self.method.scope_for(keywords),
-            key=key,
-        )
-
-    def _key(self, entry: Entry) -> str:
-        """Tied tensors that a file stores twice must come out the same twice: the second goes by the first's name."""
-        if self._tied:
-            for other in tie_candidates(entry.name, self.reference.specs()):
-                if self.reference.specs()[other].shape == self.reference.specs()[entry.of(self.reference.name)].shape:
-                    return other
-        return entry.name
-
-    def _dtype(self, base: Input | None, inputs: list[Input]) -> str:
-        asked = self.recipe.out_dtype or self.recipe.dtype
-        if asked is None or asked == "base":
-            return base.dtype if base is not None else widest([item.dtype for item in inputs])
-        return from_recipe(asked, "out_dtype")
-
-    def _copy(self, entry: Entry, source: Input, reason: str, agree: tuple[Input, ...] = ()) -> TensorPlan:
-        dtype = self._dtype(source, [source]) if source.dtype in FLOATS else source.dtype
-        return TensorPlan(entry.name, source.shape, dtype, "copy", reason, (source, *agree), key=entry.name)
-
-    def _non_float(self, entry: Entry, first: Input, present: Mapping[str, Input]) -> TensorPlan | None:
-        for name, item in present.items():
-            if item.shape != first.shape or item.dtype != first.dtype:
-                self.problems.append(
-                    f"{name}: '{entry.name}' is {item.dtype}{list(item.shape)}, but {first.dtype}{list(first.shape)} in "
-                    f"{first.model}; tensors that are not floating are copied and must agree: "
-                    f"keep: {{base: [{entry.name}]}} takes the base's"
-                )
-                return None
-        if entry.name.endswith(_COUNTERS):
-            return self._copy(entry, first, "counter, not merged")
-        others = tuple(item for item in present.values() if item != first)
-        return self._copy(entry, first, f"{first.dtype} is not merged", others)
-
-    def _kept(self, entry: Entry, base: Input | None) -> TensorPlan | str | None:
-        for pattern in self.recipe.keep.per_task:
-            if pattern in entry.name:
-                self._matched.add(pattern)
-                self._per_task.add(entry.name)
-                return self._copy(entry, base, "kept per task; the base's here") if base is not None else "omit"
-        for pattern in self.recipe.keep.base:
-            if pattern in entry.name:
-                self._matched.add(pattern)
-                if base is None:
-                    raise RecipeError(f"{self.recipe.where('keep', 'base')}: needs base_model")
-                return self._copy(entry, base, "kept from the base")
-        return None
-
-    def _check_keep(self) -> None:
-        extras = [name for group in self.experts for model in group for name in model.extra()]
-        for key in ("base", "per_task"):
-            for i, pattern in enumerate(getattr(self.recipe.keep, key)):
-                if pattern not in self._matched and not any(pattern in name for name in extras):
-                    where = self.recipe.where("keep", key, i)
-                    raise RecipeError(f"{where}: '{pattern}' is part of no tensor's name")
-
-    def _missing(self, entry: Entry, missing: list[Model], present: Mapping[str, Input]) -> None:
-        layer = self.layers.place(entry.of(missing[0].name))
-        if self.recipe.slices is not None and layer is None and any(c.isdigit() for c in entry.of(missing[0].name)):
-            self.problems.append(f"{missing[0].label}: has no '{entry.of(missing[0].name)}'; check layer_range")
-            return
-        self.problems.append(
-            f"{missing[0].label}: tensor '{entry.name}' is missing, though {', '.join(sorted(present)[:3])} "
-            f"{'have' if len(present) > 1 else 'has'} it; add keep: {{base: [{entry.name}]}} to take the base's, "
-            "or fix the checkpoint"
-        )
-
-    def _mismatch(self, entry: Entry, model: Model, item: Input, first: Input) -> None:
-        against = f"{model.label}: '{item.stored}' is {list(item.shape)}, but {list(first.shape)} in {first.model}"
-        hint = vocabulary_hint(self.reference, model, item.shape, first.shape)
-        self.problems.append(
-            f"{against}; {hint or f'is it a head? keep: {{per_task: [{entry.name}]}} leaves it to each task'}"
-        )
-
-

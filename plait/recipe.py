@@ -222,5 +222,3 @@ def _check_structure(recipe: Recipe) -> None:
         if value is not None and not (key == "out_dtype" and value == "base"):
             from_recipe(value, recipe.where(key))
     recipe.names()
-
-

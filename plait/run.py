@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from plait.card import model_card
+from plait.decide import TensorPlan
 from plait.engine import Engine, Progress, finite
 from plait.errors import MachineError, RecipeError
 from plait.experts import Input
-from plait.plan import Plan, TensorPlan, make_plan
+from plait.plan import Plan, make_plan
 from plait.recipe import Recipe, load_recipe
 from plait.sidefiles import labels_of, side_files
 from plait.sources.base import TensorSpec
@@ -79,8 +80,16 @@ def merge(
 
 
 def run(
-    plan: Plan, out: Path, *, memory: int, threads: int, device: str, shard_size: int, overwrite: bool, progress: Progress
-) -> Merged:  # fmt: skip
+    plan: Plan,
+    out: Path,
+    *,
+    memory: int,
+    threads: int,
+    device: str,
+    shard_size: int,
+    overwrite: bool,
+    progress: Progress,
+) -> Merged:
     """Carry out a plan."""
     refuse_impossible(plan, out, memory)
     shards = lay_out([tensor.spec for tensor in plan.tensors], shard_size, {"format": "pt"})
@@ -115,8 +124,8 @@ def refuse_impossible(plan: Plan, out: Path, memory: int) -> None:
     need, name = plan.least_memory()
     if need > memory:
         raise MachineError(
-            f"--memory {show_bytes(memory)} is too little: {plan.method.name} needs whole rows of '{name}', so at least "
-            f"--memory {-(-need // 10**6)}MB"
+            f"--memory {show_bytes(memory)} is too little: {plan.method.name} needs whole rows of '{name}', "
+            f"so at least --memory {-(-need // 10**6)}MB"
         )
 
 

@@ -175,9 +175,7 @@ def _leaves(setting: Any, path: Path, recipe: Recipe) -> Iterator[tuple[Any, Pat
     if isinstance(setting, Mapping):
         for key in setting:
             if key not in ("filter", "value"):
-                raise RecipeError(
-                    f"{recipe.where(*path, key)}: unknown key '{key}'{nearest(key, ('filter', 'value'))}"
-                )
+                raise RecipeError(f"{recipe.where(*path, key)}: unknown key '{key}'{nearest(key, ('filter', 'value'))}")
         if "value" not in setting:
             raise RecipeError(f"{recipe.where(*path)}: a filter needs a value")
         yield from _leaves(setting["value"], (*path, "value"), recipe)

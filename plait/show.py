@@ -211,7 +211,9 @@ def inspect_text(data: dict[str, Any], *, every: bool) -> None:
     )
     rows = data["tensors"] if every else data["groups"]
     head = "tensor" if every else "kind of tensor"
-    table = Table(head, "parameters", "largest norm of base", "mean cos", "agree in sign", box=None, header_style="bold")
+    table = Table(
+        head, "parameters", "largest norm of base", "mean cos", "agree in sign", box=None, header_style="bold"
+    )
     count = len(tasks)
     for name, part in rows.items():
         off = [part["cosine"][i][j] for i in range(count) for j in range(i + 1, count)]

@@ -11,7 +11,14 @@ from plait.dtypes import to_torch
 from plait.plan import Plan
 
 _ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-_NOT_TAKEN = {"config.json", "plait.json", "adapter_config.json", "trainer_state.json", "labels.json", "all_results.json"}
+_NOT_TAKEN = {
+    "config.json",
+    "plait.json",
+    "adapter_config.json",
+    "trainer_state.json",
+    "labels.json",
+    "all_results.json",
+}
 _MOST_BYTES = 256 << 20
 
 

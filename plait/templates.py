@@ -51,7 +51,9 @@ def recipe_template(name: str) -> str:
 def _parameters(method: MergeMethod) -> list[str]:
     if not method.parameters:
         return []
-    lines = ["parameters:                   # a value, a gradient over depth [a, b, c], or [{filter: mlp, value: a}, …]"]
+    lines = [
+        "parameters:                   # a value, a gradient over depth [a, b, c], or [{filter: mlp, value: a}, …]"
+    ]
     for parameter in method.parameters.values():
         lines.append(f"  {parameter.name}: {_value(method.name, parameter)}".ljust(30) + f"# {parameter.describe()}")
     return lines

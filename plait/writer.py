@@ -1,7 +1,7 @@
 """A checkpoint folder that appears whole or not at all.
 
-Shards are laid out beforehand and filled in place, in a hidden folder beside the final one. What is finished goes into a
-journal, so that an interrupted run goes on where it was; the final name is given by one rename, at the end.
+Shards are laid out beforehand and filled in place, in a hidden folder beside the final one. What is finished goes into
+a journal, so that an interrupted run goes on where it was; the final name is given by one rename, at the end.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def lay_out(tensors: Iterable[TensorSpec], shard_size: int, metadata: Mapping[st
         groups[-1].append(spec)
         filled += spec.nbytes
     total = len(groups)
-    names = ["model.safetensors"] if total == 1 else [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+    names = (
+        ["model.safetensors"] if total == 1 else [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+    )
     return [shard(name, group, metadata) for name, group in zip(names, groups, strict=True)]
 
 
@@ -112,7 +114,9 @@ class FolderWriter:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._close()
 
     def leftovers(self) -> list[Path]:
@@ -185,7 +189,9 @@ class FolderWriter:
     def _open(self) -> None:
         self.done = self._read_journal()
         need = sum(item.size for item in self.shards.values())
-        have = sum((self.partial / name).stat().st_blocks * 512 for name in self.shards if (self.partial / name).exists())
+        have = sum(
+            (self.partial / name).stat().st_blocks * 512 for name in self.shards if (self.partial / name).exists()
+        )
         free = shutil.disk_usage(self.partial).free
         if need - have > free:
             self._discard()
@@ -205,7 +211,7 @@ class FolderWriter:
             self._journal.flush()
 
     def _read_journal(self) -> set[str]:
-        """Finished tensors. After a reboot only those before the last sync count: the rest may not have reached the disk."""
+        """Finished tensors. After a reboot only those before the last sync: the rest may not have reached the disk."""
         try:
             lines = (self.partial / JOURNAL).read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:

@@ -1,7 +1,7 @@
 """The merge methods. Importing this package registers them all; each is also a callable here, by its name.
 
-    from plait.methods import ties
-    ties([a, b], base=base, density=0.2)        # tensors, or state dicts
+from plait.methods import ties
+ties([a, b], base=base, density=0.2)        # tensors, or state dicts
 """
 
 from plait.methods.block import Block

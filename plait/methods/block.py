@@ -72,14 +72,13 @@ class Block:
             seed=seed,
         )
 
-    @property
-    def columns(self) -> int:
-        """Length of a row (last axis); 1 for a scalar."""
-        return self.shape[-1] if self.shape else 1
-
     def rows(self, values: torch.Tensor) -> torch.Tensor:
-        """[..., n] → [..., rows, columns]; whole rows are guaranteed in row and tensor scope."""
-        return values.reshape(*values.shape[:-1], -1, self.columns) if self.columns else values.unsqueeze(-1)
+        """[..., n] → [..., rows, columns] by the last axis; whole rows are guaranteed in row and tensor scope."""
+        return _fold_rows(values, self.shape[-1] if self.shape else 1)
+
+    def units(self, values: torch.Tensor) -> torch.Tensor:
+        """[..., n] → [..., units, n per unit] by the first axis: an output neuron or filter; one unit where 1-D."""
+        return _fold_rows(values, self.grid.numel // self.shape[0] if len(self.shape) > 1 else self.grid.numel)
 
     @property
     def base(self) -> Stream:
@@ -125,7 +124,7 @@ class Block:
         return result
 
     def uniform(self, k: int, piece: Piece) -> torch.Tensor:
-        """Uniform float32 numbers in [0, 1) for expert k: a function of (seed, tensor, task, position) and nothing else.
+        """Uniform float32 numbers in [0, 1) for expert k, a function of (seed, tensor, task, position) alone.
 
         Philox 4×64 in counter mode: position p uses 32 of the 256 bits of counter p // 8, and keeps 24 of them.
         """
@@ -136,6 +135,10 @@ class Block:
         halves = words.view(np.uint32)[piece.start - 8 * first :][: piece.numel]
         numbers = (halves >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
         return torch.from_numpy(numbers)
+
+
+def _fold_rows(values: torch.Tensor, width: int) -> torch.Tensor:
+    return values.reshape(*values.shape[:-1], -1, width) if width else values.unsqueeze(-1)
 
 
 def as_float(tensor: torch.Tensor) -> torch.Tensor:

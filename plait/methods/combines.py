@@ -63,8 +63,7 @@ def sce(block: Block, vectors: Stream) -> Stream:
     energy = vectors.total(lambda values: values.to(torch.float64).square().sum(dim=-1)) / n
     energy = energy.reshape(-1) if energy.ndim else torch.zeros(len(block.tasks), dtype=torch.float64)
     whole = float(energy.sum())
-    # mergekit calls task vectors below this energy unchanged and weighs the experts alike.
-    weights = [1 / len(block.tasks)] * len(block.tasks) if whole < 1e-6 else (energy / whole).tolist()
+    weights = (energy / whole).tolist() if whole > 0 else [1 / len(block.tasks)] * len(block.tasks)
 
     def merge(values: torch.Tensor) -> torch.Tensor:
         sign = (fold(values) >= 0).to(values.dtype) * 2 - 1

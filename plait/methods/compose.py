@@ -4,8 +4,8 @@
     combine: {elect: {normalize: false}}
     finish: [{scale: {lambda: 0.4}}]
 
-A stage's parameters may also stand wherever a recipe has parameters (per model, with gradients and filters), under their
-own name, or as `stage.name` where two stages share it.
+A stage's parameters may also stand wherever a recipe has parameters (per model, with gradients and filters), under
+their own name, or as `stage.name` where two stages share it.
 """
 
 from __future__ import annotations

@@ -168,8 +168,8 @@ def multislerp(
     """Barycentric interpolation on the sphere around the base (or the origin), at the weighted mean direction.
 
     The vectors are projected into the tangent space at the normalised mean of their directions, averaged there, and
-    mapped back; the length is the weighted mean of their lengths. A tensor that fine-tuning left unchanged in one expert
-    has no direction there and counts with length 0; one that no expert changed stays the base's.
+    mapped back; the length is the weighted mean of their lengths. A tensor that fine-tuning left unchanged in one
+    expert has no direction there and counts with length 0; one that no expert changed stays the base's.
     """
     vectors, has_base = origin(block)
     merged = barycentre(block, vectors, weight=weight, normalize_weights=normalize_weights, eps=eps)
@@ -224,9 +224,7 @@ def karcher(block: Block, *, max_iter: Annotated[int, Range(1)] = 10, tol: Posit
     return frechet(block, block.models, max_iter=max_iter, tol=tol)
 
 
-def frechet(
-    block: Block, vectors: Stream, *, max_iter: Annotated[int, Range(1)] = 10, tol: Positive = 1e-5
-) -> Stream:
+def frechet(block: Block, vectors: Stream, *, max_iter: Annotated[int, Range(1)] = 10, tol: Positive = 1e-5) -> Stream:
     """Karcher mean of the directions of vectors [K, n], with their mean length."""
     g = gram(vectors, len(block.tasks))
     norms = np.sqrt(np.diag(g))

@@ -42,7 +42,7 @@ def merge_in_memory(
         raise ValueError(f"{method.name} merges {wanted} models beside the base, got {len(models)}")
     if method.base == "required" and base is None:
         raise ValueError(f"{method.name} works on task vectors: give base=…")
-    names = tuple(tasks) if tasks is not None else tuple(f"expert{k:03d}" for k in range(len(models)))
+    models, names, params = canonical_order(method, models, tasks, params)
     scope = method.scope_for(params)
 
     def block(name: str, tensors: Sequence[torch.Tensor], origin: torch.Tensor | None) -> Block:
@@ -65,6 +65,22 @@ def merge_in_memory(
     }
     merged = _run(method, blocks, params)
     return {name: merged.get(name, tensor) for name, tensor in layout.items()}
+
+
+def canonical_order(
+    method: MergeMethod, models: Sequence[Any], tasks: Sequence[str] | None, params: Mapping[str, Any]
+) -> tuple[list[Any], tuple[str, ...], dict[str, Any]]:
+    """Models, names and per-model values sorted by name, as the streaming run has them: sums then round alike."""
+    names = tuple(tasks) if tasks is not None else tuple(f"expert{k:03d}" for k in range(len(models)))
+    if len(names) != len(models) or len(set(names)) != len(names):
+        raise ValueError(f"tasks must be {len(models)} different names, got {list(names)}")
+    order = sorted(range(len(names)), key=names.__getitem__)
+    moved = dict(params)
+    for parameter in method.parameters.values():
+        value = moved.get(parameter.keyword)
+        if parameter.per_model and isinstance(value, list):
+            moved[parameter.keyword] = [value[i] for i in order] if len(value) == len(order) else value
+    return [models[i] for i in order], tuple(names[i] for i in order), moved
 
 
 def _run(method: MergeMethod, blocks: Mapping[str, Block], params: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -79,7 +79,7 @@ def dare_linear(
     rescale_by: Literal["density", "l1"] = "density",
     lambda_: float = 1.0,
 ) -> Stream:
-    """Drop entries at random, rescale the rest by 1/density, then task arithmetic. The paper's density is 0.1 to 0.5."""
+    """Drop entries at random, rescale the rest by 1/density, then task arithmetic. Densities of 0.1 to 0.5 are usual."""
     deltas = transforms.drop(block, block.deltas, density=density, rescale=rescale, rescale_by=rescale_by)
     return _finish(block, combines.sum_(block, deltas, weight=weight, normalize=normalize), lambda_)
 

@@ -34,7 +34,7 @@ class Cut:
     def mask(self, magnitudes: torch.Tensor, piece: Piece) -> torch.Tensor:
         """Boolean mask of one piece's kept elements."""
         bits = as_bits(magnitudes)
-        if self.quota >= self.equals:
+        if self.quota >= self.equals or not len(bits):
             return bits >= self.bits if self.quota else bits > self.bits
         equal = bits == self.bits
         rank = torch.cumsum(equal, dim=-1) + self.before[piece.index]

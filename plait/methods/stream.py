@@ -44,15 +44,15 @@ class Grid:
 
     @classmethod
     def of(cls, shape: tuple[int, ...], scope: Scope) -> Grid:
-        """element: pieces of GRAIN elements. row: as many whole rows (last axis) as fit. tensor: one piece."""
+        """element: pieces of GRAIN elements. row: as many whole rows (first axis) as fit. tensor: one piece."""
         numel = 1
         for size in shape:
             numel *= size
         if scope == "tensor":
             return cls(numel, max(numel, 1))
         if scope == "row":
-            columns = shape[-1] if shape else 1
-            return cls(numel, max(1, GRAIN // max(columns, 1)) * max(columns, 1))
+            width = max(numel // shape[0] if len(shape) > 1 and shape[0] else numel, 1)
+            return cls(numel, max(1, GRAIN // width) * width)
         return cls(numel, GRAIN)
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """Passes over the whole model that some methods need before any tensor can be merged.
 
 A survey is given `each`, which runs a function on every merged tensor's block (in any order, on any thread) and
-returns the results in canonical (name) order, and the parameters of every tensor. What it returns is the blocks' `state`.
+returns the results in canonical (name) order, and the parameters of every tensor. Its result is the blocks' `state`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ class Model(Protocol):
         """fn of every block, by tensor name, in sorted order of the names."""
         ...
 
-    params: Mapping[str, Mapping[str, Any]]
-    """Keyword arguments of the method, per tensor name."""
+    @property
+    def params(self) -> Mapping[str, Mapping[str, Any]]:
+        """Keyword arguments of the method, per tensor name."""
+        ...
 
 
 @dataclass

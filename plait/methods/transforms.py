@@ -15,7 +15,6 @@ from plait.methods.select import count_of, largest
 from plait.methods.stream import Piece, Stream
 
 
-
 def trim(
     block: Block,
     deltas: Stream,
@@ -121,8 +120,8 @@ def magprune(
 ) -> Stream:
     """Keep entries at random, the larger of a row the more likely (DELLA, arXiv:2406.11617).
 
-    An entry of rank r (0 = smallest magnitude) among the c of its row is kept with probability
-    density − ε + 2ε·r/(c−1); one-dimensional tensors are one row; among equals the lower position ranks lower. With
+    An entry of rank r (0 = smallest magnitude) among the c of its row (first axis) is kept with probability
+    density − ε + 2ε·r/(c−1); one-dimensional tensors are one row; among equals the lower position ranks higher. With
     `rescale` each tensor's L1 norm is as before, as in mergekit (the paper divides by the probability).
     """
     k_tasks = len(block.tasks)
@@ -137,9 +136,10 @@ def magprune(
             if d <= 0:
                 values[k] = 0
                 continue
-            size = block.rows(values[k].abs())
-            rank = torch.argsort(torch.argsort(size, dim=-1, stable=True), dim=-1).to(torch.float64)
-            share = rank / max(size.shape[-1] - 1, 1)
+            size = block.units(values[k].abs())
+            from_top = torch.argsort(torch.argsort(size, dim=-1, descending=True, stable=True), dim=-1)
+            last = size.shape[-1] - 1
+            share = (last - from_top).to(torch.float64) / last if last else torch.full_like(size, 0.5)
             chance = ((d - e) + share * 2 * e).reshape(-1)
             values[k] *= block.uniform(k, piece).to(values.device) < chance
         return values
@@ -176,13 +176,17 @@ def spread(block: Block, deltas: Stream, *, select_topk: Fraction = 1.0) -> Stre
     """
     if select_topk >= 1:
         return deltas
-    variance = deltas.map(lambda values: values.var(dim=0, unbiased=False).unsqueeze(0))
-    varied = variance.total(lambda values: torch.count_nonzero(values))
-    count = int(int(varied) * select_topk)
+    variance = deltas.map(_variance)
+    varied = sum(variance.sweep(lambda values, _: int(torch.count_nonzero(values))))
+    count = int(varied * select_topk)
     ((cut,),) = largest(variance, [[count]], deltas.grid.numel)
-    return deltas.map_pieces(
-        lambda values, piece: values * cut.mask(values.var(dim=0, unbiased=False), piece)
-    )  # fmt: skip
+    return deltas.map_pieces(lambda values, piece: values * cut.mask(_variance(values)[0], piece))
+
+
+def _variance(values: torch.Tensor) -> torch.Tensor:
+    """[K, n] → [1, n], population variance over the experts."""
+    spread = values - fold(values) / len(values)
+    return (fold(spread * spread) / len(values)).unsqueeze(0)
 
 
 def match_l1(before: Stream, after: Stream) -> Stream:

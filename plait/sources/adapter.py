@@ -75,7 +75,7 @@ class AdapterSource:
             if name not in base:
                 raise CheckpointError(
                     f"{path}: updates '{name}', which the base does not have{nearest(name, base)}. Use the base that "
-                    f"this adapter was trained on{trained_on}. If that ties the weight to another one, untie it there first."
+                    f"this adapter was trained on{trained_on}. If the weight is tied there, untie it first."
                 )
             shape = base[name].shape
             if shape != update.shape and not (name in linear and shape == update.shape[::-1]):

@@ -82,6 +82,10 @@ class LowRankSource(Source, Protocol):
     updates: Mapping[str, LowRank]
     """Tensor name in the base → its update."""
 
+    def orient(self, base: Mapping[str, TensorSpec]) -> None:
+        """Fit the updates to the base's shapes; `base`: target name → the tensor it updates. CheckpointError if not."""
+        ...
+
     def delta(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of scale·B·A for base tensor `name`, flat float32, in the base's storage order."""
         ...
