@@ -123,7 +123,7 @@ class Planner:
         present = {name: item for name, item in found.items() if item is not None}
         if not present:
             if base is None:
-                self.problems.append(f"{self.reference.label}: tensor '{entry.name}' is in no listed model")
+                self._nowhere(entry, experts)
                 return None
             return self._copy(entry, base, "no expert has it")
         first = base or next(iter(present.values()))
@@ -232,6 +232,14 @@ class Planner:
             f"{'have' if len(present) > 1 else 'has'} it; add keep: {{base: [{entry.name}]}} to take the base's, "
             "or fix the checkpoint"
         )
+
+    def _nowhere(self, entry: Entry, experts: list[Model]) -> None:
+        wanted = entry.of(experts[0].name)
+        if self.recipe.slices is None:
+            self.problems.append(f"{self.reference.label}: tensor '{wanted}' is in no listed model")
+            return
+        count = max(self.layers.counts.values())
+        self.problems.append(f"{experts[0].label}: has no '{wanted}' (of {count} layers); check layer_range")
 
     def _mismatch(self, entry: Entry, model: Model, item: Input, first: Input) -> None:
         against = f"{model.label}: '{item.stored}' is {list(item.shape)}, but {list(first.shape)} in {first.model}"

@@ -111,7 +111,8 @@ class Recipe(_Strict):
                 raise RecipeError(f"{entry.model} has two names, '{chosen[entry.model]}' and '{entry.name}'; keep one")
         bare = [entry.model for entry in self.entries() if entry.model not in chosen]
         for model in sorted(set(bare)):
-            parts = [part for part in re.split(r"[/\\@+]", model) if part not in ("", ".", "..")] or [model]
+            spec = model.rpartition("@")[0] or model  # a hub revision is not a name
+            parts = [part for part in re.split(r"[/\\+]", spec) if part not in ("", ".", "..")] or [model]
             depth = 1
             while depth < len(parts) and any(
                 other != model and other.endswith("/".join(parts[-depth:])) for other in set(bare)

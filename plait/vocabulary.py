@@ -124,14 +124,11 @@ def match_vocabularies(recipe: Recipe, reference: Model, base: Model | None, mod
     if first.name in changed and (path := first.source.folder / "generation_config.json").exists():
         before = files.read_object(path, "the generation configuration")[0]
         made[path.name] = json.dumps(target.fit(before, first), indent=2, ensure_ascii=False).encode() + b"\n"
-    wrapped = {
-        party.name: _remapped(party, target, parties, indices, base_party)
-        for party in wholes.values()
-        if party.name in changed
-    }
     for party in wholes.values():
-        for model in party.models:
-            model.source = wrapped.get(party.name, party.source)
+        if party.name in changed:
+            source = _remapped(party, target, parties, indices, base_party)
+            for model in party.models:
+                model.source = source
     return Vocabulary(notes, target.folder, made)
 
 
@@ -283,14 +280,17 @@ def _remapped(
 def _notes(
     target: _Target, parties: list[_Party], changed: set[str], indices: Mapping[str, np.ndarray], base: _Party | None
 ) -> list[str]:  # fmt: skip
+    def who(party: _Party) -> str:
+        return "the base" if party is base else party.name
+
     notes = []
     if target.files:
         added = len(set(target.ids) - set(target.origin.tokens.ids))
-        notes.append(f"tokenizer: {added} tokens added to that of {target.origin.source.label}")
+        notes.append(f"tokenizer: {added} tokens added to that of {who(target.origin)}")
     for party in parties:
         if party.name in changed:
             lacking = int((indices[party.name] == LACKING).sum())
-            note = f"{party.source.label}: its {party.rows} vocabulary rows are matched to {target.rows} by token"
+            note = f"{who(party)}: its {party.rows} vocabulary rows are matched to {target.rows} by token"
             left = [token for token in party.ids if token not in target.ids]
             note += f"; {lacking} of these it lacks" if lacking else ""
             note += f"; {len(left)} of its tokens are left out ('{left[0]}'{', …' if left[1:] else ''})" if left else ""
