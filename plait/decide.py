@@ -139,6 +139,12 @@ class Planner:
             if item.shape != first.shape:
                 self._mismatch(entry, model, item, first)
                 return None
+            if item.dtype not in FLOATS:
+                self.problems.append(
+                    f"{model.label}: '{item.stored}' is {item.dtype}, but {first.dtype} in {first.model}; only floating "
+                    f"tensors are merged: keep: {{base: [{entry.name}]}} takes the base's, or fix the checkpoint"
+                )
+                return None
         if (
             base is not None
             and self.method.base != "unused"

@@ -80,9 +80,14 @@ class Engine:
         results: dict[int, R] = {}
 
         def run(index: int) -> None:
-            if not self._stop.is_set():
+            if self._stop.is_set():
+                return
+            try:
                 with self._holding(tensors[index].working_bytes()):
                     results[index] = job(tensors[index])
+            except BaseException:
+                self._stop.set()
+                raise
 
         workers = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
         with _one_thread_per_worker(), workers as pool:
@@ -206,6 +211,23 @@ class _Surveyed:
 
         results = self.engine.each(self.tensors, job)
         return {tensor.key: result for tensor, result in zip(self.tensors, results, strict=True)}
+
+    def total(self, fn: Callable[[Block], torch.Tensor]) -> torch.Tensor:
+        """Sum of fn over the blocks that have entries, added up as they come: whole numbers do not mind the order."""
+        lock, held = threading.Lock(), []
+
+        def add(block: Block) -> None:
+            if not block.grid.numel:
+                return
+            part = fn(block).cpu()
+            with lock:
+                if held:
+                    held[0] += part
+                else:
+                    held.append(part.clone())
+
+        self.each(add)
+        return held[0] if held else torch.zeros(())
 
 
 def finite(values: torch.Tensor, item: Input, tensor: TensorPlan, piece: Piece) -> torch.Tensor:

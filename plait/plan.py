@@ -15,7 +15,7 @@ from plait.methods.compose import method_of
 from plait.methods.contract import MergeMethod
 from plait.recipe import Recipe
 from plait.settings import Resolver
-from plait.vocabulary import match_vocabularies
+from plait.vocabulary import Vocabulary, match_vocabularies
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Plan:
     config: dict[str, Any]
     notes: list[str]
     library: Library
+    vocabulary: Vocabulary
 
     @property
     def bytes_in(self) -> int:
@@ -83,7 +84,8 @@ def make_plan(recipe: Recipe) -> Plan:
     for model in [reference, *ordered]:
         align_model(model, reference)
     notes = list(resolver.notes)
-    notes += match_vocabularies(recipe, reference, base, ordered)
+    vocabulary = match_vocabularies(recipe, reference, base, ordered)
+    notes += vocabulary.notes
     experts = _experts(recipe, method, base, opened)
     planner = Planner(recipe, method, resolver, reference, base, experts)
     tensors = planner.run()
@@ -96,7 +98,7 @@ def make_plan(recipe: Recipe) -> Plan:
     for model in ordered:
         notes += [f"{model.name}: {note}" for note in model.notes]
     heads = planner.heads(ordered) if recipe.slices is None else {}
-    return Plan(recipe, method, tensors, heads, ordered, base, donor, config, notes, library)
+    return Plan(recipe, method, tensors, heads, ordered, base, donor, config, notes, library, vocabulary)
 
 
 def _first_whole(recipe: Recipe, opened: Mapping[str, Model], ordered: list[Model]) -> Model:

@@ -9,6 +9,7 @@ from typing import Any
 
 from plait.dtypes import to_torch
 from plait.plan import Plan
+from plait.tokens import is_tokenizer_file
 
 _ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _NOT_TAKEN = {
@@ -28,11 +29,13 @@ def side_files(plan: Plan) -> dict[str, bytes]:
     result: dict[str, bytes] = {}
     if plan.config:
         result["config.json"] = config_json(plan)
-    for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        name = path.relative_to(folder).as_posix()
-        if _is_taken(path, name, folder):
-            result[name] = path.read_bytes()
-    return result
+    tokens = plan.vocabulary.folder or folder
+    for place in dict.fromkeys((folder, tokens)):
+        for path in sorted([*place.glob("*"), *place.glob("*/*")]):
+            name = path.relative_to(place).as_posix()
+            if _is_taken(path, name, place) and place == (tokens if is_tokenizer_file(name) else folder):
+                result[name] = path.read_bytes()
+    return {**result, **plan.vocabulary.files}
 
 
 def config_json(plan: Plan) -> bytes:

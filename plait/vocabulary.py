@@ -8,7 +8,7 @@ positions are equal tokens. Models that fit already are left as they are.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -43,9 +43,6 @@ class Vocabulary:
     """Where the tokenizer's files are taken from; None: from the donor, as everything else."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Side files that are not any model's own."""
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.notes)  # until plan.py takes the object: `notes += match_vocabularies(…)`
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,9 +45,7 @@ CASES: list[Case] = [
         "ties",
         {"density": [0.1, 0.5, 0], "weight": [1, 0.5, 2], "lambda": 0.3, "normalize": False, "rescale": True},
         3,
-        lambda b, m, u: ref.ties(
-            b, m, [1, 0.5, 2], density=[0.1, 0.5, 0], lambda_=0.3, normalize=False, rescale=True
-        ),
+        lambda b, m, u: ref.ties(b, m, [1, 0.5, 2], density=[0.1, 0.5, 0], lambda_=0.3, normalize=False, rescale=True),
     ),
     ("breadcrumbs", {"density": 0.8, "gamma": 0.05}, 3, lambda b, m, u: ref.breadcrumbs(b, m, None, 0.8, 0.05)),
     (
@@ -150,9 +148,7 @@ def test_whole_model_trim_agrees_with_the_reference(density: float) -> None:
         for expert, tensor in zip(experts, models, strict=True):
             expert[name] = tensor
     got = get_method("ties")(experts, base, density=density, trim="model")
-    trimmed = [
-        ref.ties_trim_model({n: (e[n] - base[n]).double().numpy() for n in shapes}, density) for e in experts
-    ]
+    trimmed = [ref.ties_trim_model({n: (e[n] - base[n]).double().numpy() for n in shapes}, density) for e in experts]
     majority = sum(float(np.sign(sum(t[n] for t in trimmed)).sum()) for n in shapes)
     for name in shapes:
         stack = np.stack([t[name] for t in trimmed])
@@ -269,7 +265,9 @@ class TestEquivalences:
         want = get_method("ties")(models, base, weight=0.4, normalize=False)
         assert torch.equal(get_method(name)(models, base, weight=0.4, density=1.0), want)
 
-    @pytest.mark.parametrize("name", ["task_arithmetic", "ties", "sce", "linear", "karcher", "multislerp", "passthrough"])
+    @pytest.mark.parametrize(
+        "name", ["task_arithmetic", "ties", "sce", "linear", "karcher", "multislerp", "passthrough"]
+    )
     def test_one_expert_at_weight_one_is_the_expert(self, name: str) -> None:
         method = get_method(name)
         base, models = block_of(name, 1)

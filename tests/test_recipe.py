@@ -41,9 +41,17 @@ def write(tmp_path: Path, text: str, llama: dict[str, Path]) -> Path:
 
 BROKEN = [
     # (what is replaced in GOOD, by what, what the error must say)
-    ("merge_method: ties", "merge_metod: ties", r"line 1: merge_metod: unknown key 'merge_metod'; did you mean 'merge_method'"),
+    (
+        "merge_method: ties",
+        "merge_metod: ties",
+        r"line 1: merge_metod: unknown key 'merge_metod'; did you mean 'merge_method'",
+    ),
     ("merge_method: ties", "merge_method: tise", r"unknown method 'tise'; did you mean 'ties'"),
-    ("density:", "densty:", r"line 6: models\[0\]\.parameters\.densty: ties has no parameter 'densty'; did you mean 'density'"),
+    (
+        "density:",
+        "densty:",
+        r"line 6: models\[0\]\.parameters\.densty: ties has no parameter 'densty'; did you mean 'density'",
+    ),
     ("[1, 0.7, 0.1]", "7", r"line 6: models\[0\]\.parameters\.density: must be a number in \[0, 1\], got 7"),
     ("[1, 0.7, 0.1]", "[1, nonsense]", r"density\[1\]: must be a number in \[0, 1\], got 'nonsense'"),
     ("[1, 0.7, 0.1]", "[]", r"the list is empty"),
@@ -92,7 +100,10 @@ def test_the_good_recipe_is_good(llama: dict[str, Path], tmp_path: Path) -> None
 
 
 def test_weights_that_sum_to_zero_are_refused(llama: dict[str, Path]) -> None:
-    models = [{"model": str(llama["one"]), "parameters": {"weight": 1}}, {"model": str(llama["two"]), "parameters": {"weight": -1}}]
+    models = [
+        {"model": str(llama["one"]), "parameters": {"weight": 1}},
+        {"model": str(llama["two"]), "parameters": {"weight": -1}},
+    ]
     with pytest.raises(RecipeError, match="sum to zero"):
         plait.make_plan(load_recipe({"merge_method": "linear", "models": models}))
 
@@ -169,7 +180,10 @@ def test_mergekits_harmless_parameters_are_noted_not_refused(llama: dict[str, Pa
     data = {
         "merge_method": "ties",
         "base_model": str(llama["base"]),
-        "models": [{"model": str(llama["base"])}, {"model": str(llama["one"]), "parameters": {"weight": 1, "density": "5e-1"}}],
+        "models": [
+            {"model": str(llama["base"])},
+            {"model": str(llama["one"]), "parameters": {"weight": 1, "density": "5e-1"}},
+        ],
         "parameters": {"int8_mask": True},
     }
     plan = plait.make_plan(load_recipe(data))

@@ -50,7 +50,9 @@ ARCHITECTURES = {
 }
 
 
-def recipe(method: str, base: Path | None, models: list[Path], parameters: dict[str, Any] | None = None, **more: Any) -> dict:
+def recipe(
+    method: str, base: Path | None, models: list[Path], parameters: dict[str, Any] | None = None, **more: Any
+) -> dict:
     found: dict[str, Any] = {
         "merge_method": method,
         "models": [{"model": str(m), "name": m.name} for m in models],
@@ -210,7 +212,9 @@ def test_a_torn_journal_line_is_not_believed(large: dict[str, Path], tmp_path: P
     assert not (tmp_path / "out").exists()
     (journal,) = tmp_path.glob(".out.partial-*/.journal")
     journal.write_text(journal.read_text() + '"layers.5.wei')
-    save_file({**tensors, "layers.5.bias": torch.zeros_like(tensors["layers.5.bias"])}, tmp_path / "nan/model.safetensors")
+    save_file(
+        {**tensors, "layers.5.bias": torch.zeros_like(tensors["layers.5.bias"])}, tmp_path / "nan/model.safetensors"
+    )
     again = plait.merge(broken, tmp_path / "out")
     assert again.resumed == 0, "the expert's file has changed, so nothing of the first run may be used"
     assert whole.hashes != again.hashes

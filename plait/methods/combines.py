@@ -40,16 +40,14 @@ def elect(block: Block, vectors: Stream, *, weight: PerModel[float] = 1.0, norma
     def merge(values: torch.Tensor) -> torch.Tensor:
         scales = column(weights, values)
         values = values * scales
-        total = fold(values)
-        positive = total >= 0 if zero_is_positive else total > 0
-        # × ±1 instead of a branch: an entry agrees when its product with the elected sign is positive.
-        sign = positive.to(values.dtype) * 2 - 1
-        agrees = (values * sign) > 0
-        result = fold(values * agrees)
+        sign = elected_sign(values, zero_is_positive)
+        # Arithmetic instead of boolean masks, which cost several times as much: what agrees is positive after × sign.
+        agreeing = values.mul_(sign).clamp_(min=0)
+        result = fold(agreeing) * sign
         if not normalize:
             return result
-        divisor = fold(agrees * scales)
-        return result / torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+        divisor = fold(torch.sign(agreeing) * scales)
+        return result / divisor.add_((divisor == 0).to(divisor.dtype))
 
     return vectors.map(merge)
 
@@ -66,11 +64,20 @@ def sce(block: Block, vectors: Stream) -> Stream:
     weights = (energy / whole).tolist() if whole > 0 else [1 / len(block.tasks)] * len(block.tasks)
 
     def merge(values: torch.Tensor) -> torch.Tensor:
-        sign = (fold(values) >= 0).to(values.dtype) * 2 - 1
-        erased = ((values * sign) > 0) * column(weights, values)
-        return fold(values * erased) / fold(erased).clamp(min=1e-6)
+        sign = elected_sign(values)
+        agreeing = (values * sign).clamp_(min=0)
+        scales = column(weights, values)
+        return fold(agreeing * scales) * sign / fold(torch.sign(agreeing) * scales).clamp(min=1e-6)
 
     return vectors.map(merge)
+
+
+def elected_sign(values: torch.Tensor, zero_is_positive: bool = True) -> torch.Tensor:
+    """[K, n] → [n]: +1 or −1, the sign of the sum over the experts."""
+    total = fold(values)
+    sign = torch.copysign(torch.ones_like(total), total)
+    # A sum that cancels is +0; −0 only comes of entries that are all −0, which count for nothing either way.
+    return sign if zero_is_positive else sign.masked_fill_(total == 0, -1)
 
 
 def column(weights: list[float], values: torch.Tensor) -> torch.Tensor:

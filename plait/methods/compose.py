@@ -141,3 +141,6 @@ class _View:
 
     def each(self, fn: Callable[[Block], Any]) -> dict[str, Any]:
         return self.model.each(fn)
+
+    def total(self, fn: Callable[[Block], Any]) -> Any:
+        return self.model.total(fn)

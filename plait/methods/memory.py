@@ -22,6 +22,11 @@ class InMemory:
         """fn of every block, by name, in sorted order."""
         return {name: fn(block) for name, block in self.blocks.items()}
 
+    def total(self, fn: Callable[[Block], torch.Tensor]) -> torch.Tensor:
+        """Sum of fn over the blocks that have entries."""
+        parts = [fn(block) for block in self.blocks.values() if block.grid.numel]
+        return torch.stack(parts).sum(0) if parts else torch.zeros(())
+
 
 def merge_in_memory(
     method: MergeMethod,

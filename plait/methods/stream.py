@@ -86,12 +86,16 @@ class Stream:
         """Compute every piece once, in order, and return fn's results in that order."""
         return [fn(self(piece), piece) for piece in self.grid]
 
-    def total(self, fn: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor | None = None) -> torch.Tensor:
-        """Sum of fn(piece) over the tensor, in the order of the pieces; fn should return float64."""
-        result = torch.zeros(()) if like is None else like
-        for index, part in enumerate(self.sweep(lambda values, _: fn(values))):
-            result = part if index == 0 else result + part
-        return result
+    def total(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Sum of fn(piece) over the tensor, in the order of the pieces; a scalar zero for an empty tensor.
+
+        fn should return float64, or integers, in a tensor of its own: the sum is kept in the first one.
+        """
+        result: torch.Tensor | None = None
+        for piece in self.grid:
+            part = fn(self(piece))
+            result = part if result is None else result.add_(part)
+        return torch.zeros(()) if result is None else result
 
     def gather(self) -> torch.Tensor:
         """All pieces side by side: the whole tensor, [n] or [K, n]. For tensors that are meant to be in memory."""

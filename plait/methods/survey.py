@@ -27,6 +27,10 @@ class Model(Protocol):
         """fn of every block, by tensor name, in sorted order of the names."""
         ...
 
+    def total(self, fn: Callable[[Block], torch.Tensor]) -> torch.Tensor:
+        """Sum of fn over all blocks, kept in one tensor. fn gives whole numbers, so that the order is free."""
+        ...
+
     @property
     def params(self) -> Mapping[str, Mapping[str, Any]]:
         """Keyword arguments of the method, per tensor name."""
@@ -52,39 +56,24 @@ def survey_trim(model: Model) -> TrimState | None:
         return None
     densities = _one_density(model.params)
 
-    def high(block: Block) -> tuple[int, torch.Tensor]:
-        total = block.deltas.total(lambda values: Histograms.high(values.abs()))
-        return block.grid.numel, total.cpu()
-
-    found = model.each(high)
-    numel = sum(count for count, _ in found.values())
-    tasks = next((total.shape[0] for _, total in found.values() if total.ndim == 2), 0)
-    if not tasks:
-        return None
-    search = Histograms([[count_of(d, numel)] for d in per_model(densities, tasks)], numel)
-    search.choose(sum_of([total for _, total in found.values() if total.ndim == 2]))
-    lows = model.each(lambda block: block.deltas.total(lambda values: search.low(values.abs())).cpu())
-    cuts = search.cuts(sum_of([low for low in lows.values() if low.ndim == 3]))
+    high = model.total(lambda block: block.deltas.total(lambda values: Histograms.high(values.abs())))
+    if high.ndim < 2:
+        return None  # every tensor is empty
+    numel = int(high[0].sum())
+    search = Histograms([[count_of(d, numel)] for d in per_model(densities, len(high))], numel)
+    search.choose(high)
+    cuts = search.cuts(model.total(lambda block: block.deltas.total(lambda values: search.low(values.abs()))))
     per_tensor = _spread_equals(model, cuts)
 
     def votes(block: Block) -> torch.Tensor:
         def count(values: torch.Tensor, piece: Any) -> torch.Tensor:
             for k, (cut,) in enumerate(per_tensor[block.name]):
-                values[k] *= cut.mask(values[k].abs(), piece)
-            return torch.sign(fold(values)).sum(dtype=torch.float64).cpu()
+                cut.keep_(values[k], piece)
+            return torch.sign(fold(values)).sum(dtype=torch.float64)
 
-        return sum_of([torch.zeros((), dtype=torch.float64), *block.deltas.sweep(count)])
+        return torch.stack([torch.zeros((), dtype=torch.float64), *block.deltas.sweep(count)]).sum()
 
-    majority = float(sum_of(list(model.each(votes).values())))
-    return TrimState(per_tensor, -1 if majority < 0 else 1)
-
-
-def sum_of(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Sum in the order given."""
-    result = parts[0]
-    for part in parts[1:]:
-        result = result + part
-    return result
+    return TrimState(per_tensor, -1 if float(model.total(votes)) < 0 else 1)
 
 
 def _one_density(params: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -113,5 +102,8 @@ def _spread_equals(model: Model, cuts: list[list[Cut]]) -> dict[str, list[list[C
                 for c, cut in enumerate(row):
                     cut.before.append(running[k][c])
                     running[k][c] += counts[k][c]
+        for k, row in enumerate(own):
+            for c, cut in enumerate(row):
+                cut.before.append(running[k][c])
         result[name] = own
     return result

@@ -39,7 +39,7 @@ def trim(
 
     def keep(values: torch.Tensor, piece: Piece) -> torch.Tensor:
         for k, (cut,) in enumerate(cuts):
-            values[k] *= cut.mask(values[k].abs(), piece)
+            cut.keep_(values[k], piece)
         return values
 
     trimmed = deltas.map_pieces(keep)
@@ -102,8 +102,10 @@ def outliers(
 
     def keep(values: torch.Tensor, piece: Piece) -> torch.Tensor:
         for k, (top, bottom) in enumerate(cuts):
-            size = values[k].abs()
-            values[k] *= bottom.mask(size, piece) & ~top.mask(size, piece)
+            largest_ones = values[k].clone()
+            top.keep_(largest_ones, piece)
+            bottom.keep_(values[k], piece)
+            values[k] -= largest_ones
         return values
 
     kept = deltas.map_pieces(keep)
@@ -137,7 +139,9 @@ def magprune(
                 values[k] = 0
                 continue
             size = block.units(values[k].abs())
-            from_top = torch.argsort(torch.argsort(size, dim=-1, descending=True, stable=True), dim=-1)
+            order = torch.argsort(size, dim=-1, descending=True, stable=True)
+            places = torch.arange(size.shape[-1], device=size.device).expand_as(order)
+            from_top = torch.empty_like(order).scatter_(-1, order, places)
             last = size.shape[-1] - 1
             share = (last - from_top).to(torch.float64) / last if last else torch.full_like(size, 0.5)
             chance = ((d - e) + share * 2 * e).reshape(-1)

