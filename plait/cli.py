@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from plait.errors import PlaitError, RecipeError
+from plait.errors import CheckpointError, PlaitError, RecipeError
 
 app = typer.Typer(
     name="plait",
@@ -60,14 +60,16 @@ def plan(
 ) -> None:
     """Say what would happen to every tensor, and why; bytes, memory and time. Reads headers only."""
     from plait import show
-    from plait.plan import make_plan
+    from plait.plan import make_plan, refusal_text
     from plait.recipe import load_recipe
     from plait.run import usable_threads
     from plait.units import parse_bytes
 
-    made = make_plan(load_recipe(recipe))
+    made = make_plan(load_recipe(recipe), strict=False)
     budget = show.Budget(parse_bytes(memory, "--memory"), threads or usable_threads())
     show.emit(show.plan_data(made, budget), as_json, lambda: show.plan_text(made, budget, every=tensors))
+    if made.refused:
+        raise CheckpointError(refusal_text(made.refused))
 
 
 @app.command()

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from plait.dtypes import FLOATS, from_recipe, widest
-from plait.errors import CheckpointError, RecipeError
-from plait.experts import Input, Model
+from plait.errors import RecipeError
+from plait.experts import Input, Library, Model
 from plait.layers import Layers
 from plait.layout import Entry, entries_of
 from plait.methods.contract import MergeMethod
@@ -65,6 +65,14 @@ class TensorPlan:
         return min(self.grid.unit, max(self.grid.numel, 1)) * wide * (4 * len(self.inputs) + 6)
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A tensor that cannot be merged, and why: the sentence names the file and the next step."""
+
+    name: str
+    why: str
+
+
 class Planner:
     """One pass over the output's tensors."""
 
@@ -78,30 +86,36 @@ class Planner:
         self.entries, self.picked = entries_of(recipe, reference, self.layers, base)
         self.notes: list[str] = []
         self.merged_names: list[str] = []
-        self.problems: list[str] = []
+        self.refused: list[Refusal] = []
         self._matched: set[str] = set()
         self._tied = is_tied(reference.config)
         self._per_task: set[str] = set()
 
     def run(self) -> list[TensorPlan]:
+        """Decide about every tensor; what cannot be merged goes into `refused`, what is worth knowing into `notes`."""
         planned = [plan for plan in (self._tensor(entry) for entry in self.entries) if plan is not None]
         self._check_keep()
-        if self.problems:
-            more = f"\n… and {len(self.problems) - 5} more" if len(self.problems) > 5 else ""
-            raise CheckpointError("\n".join(self.problems[:5]) + more)
+        if self.recipe.slices is None:
+            self._check_depth()
+        densities = [p.keywords["density"] for p in planned if "density" in p.keywords]
+        if densities and all(d >= 1 for given in densities for d in given):
+            self.notes.append(f"density is 1 everywhere, so {self.method.name} drops nothing; papers use 0.1 to 0.9")
         copied = [p for p in planned if p.action == "copy" and p.reason.startswith("no expert")]
         if copied:
             names = ", ".join(p.name for p in copied[:3]) + (", …" if len(copied) > 3 else "")
             self.notes.append(f"{len(copied)} tensor(s) are the base's, because no expert has them: {names}")
         return planned
 
-    def heads(self, models: list[Model]) -> dict[str, list[Input]]:
+    def heads(self, models: list[Model], library: Library) -> dict[str, list[Input]]:
         """Per task: what only the expert has, and what `keep: per_task` sets apart."""
         result: dict[str, list[Input]] = {}
         for model in models:
             if self.base is not None and model.source is self.base.source:
                 continue
             own = []
+            if model.source.extra_heads is not None:
+                file = library.source(str(model.source.extra_heads))
+                own += [Input(model.name, file, s.name, s.shape, s.dtype) for s in file.specs.values()]
             for stored in model.extra():
                 spec = model.specs()[stored]
                 own.append(Input(model.name, model.source, stored, spec.shape, spec.dtype))
@@ -140,9 +154,10 @@ class Planner:
                 self._mismatch(entry, model, item, first)
                 return None
             if item.dtype not in FLOATS:
-                self.problems.append(
-                    f"{model.label}: '{item.stored}' is {item.dtype}, but {first.dtype} in {first.model}; only floating "
-                    f"tensors are merged: keep: {{base: [{entry.name}]}} takes the base's, or fix the checkpoint"
+                self._refuse(
+                    entry,
+                    f"{model.label}: '{item.stored}' is {item.dtype}, but {first.dtype} in {first.model}; only "
+                    f"floating tensors are merged: keep: {{base: [{entry.name}]}} takes the base's",
                 )
                 return None
         if (
@@ -195,10 +210,11 @@ class Planner:
     def _non_float(self, entry: Entry, first: Input, present: Mapping[str, Input]) -> TensorPlan | None:
         for name, item in present.items():
             if item.shape != first.shape or item.dtype != first.dtype:
-                self.problems.append(
+                self._refuse(
+                    entry,
                     f"{name}: '{entry.name}' is {item.dtype}{list(item.shape)}, but "
                     f"{first.dtype}{list(first.shape)} in {first.model}; tensors that are not floating are copied "
-                    f"and must agree: keep: {{base: [{entry.name}]}} takes the base's"
+                    f"and must agree: keep: {{base: [{entry.name}]}} takes the base's",
                 )
                 return None
         if entry.name.endswith(_COUNTERS):
@@ -228,28 +244,46 @@ class Planner:
                     where = self.recipe.where("keep", key, i)
                     raise RecipeError(f"{where}: '{pattern}' is part of no tensor's name")
 
+    def _check_depth(self) -> None:
+        """More layers than the reference has are not a head: the models do not belong together."""
+        for model in self.experts[0]:
+            for stored in model.extra():
+                name = stored.removeprefix(model.alignment.stripped)
+                for stack, count in self.layers.counts.items():
+                    index = name.removeprefix(stack).split(".")[0]
+                    if name.startswith(stack) and index.isdigit() and int(index) >= count:
+                        why = (
+                            f"{model.label}: has a layer {index} ('{stored}'), but {self.reference.label} has {count} "
+                            "layers; merge parts of them with slices and layer_range"
+                        )
+                        self.refused.append(Refusal(name, why))
+
     def _missing(self, entry: Entry, missing: list[Model], present: Mapping[str, Input]) -> None:
         layer = self.layers.place(entry.of(missing[0].name))
         if self.recipe.slices is not None and layer is None and any(c.isdigit() for c in entry.of(missing[0].name)):
-            self.problems.append(f"{missing[0].label}: has no '{entry.of(missing[0].name)}'; check layer_range")
+            self._refuse(entry, f"{missing[0].label}: has no '{entry.of(missing[0].name)}'; check layer_range")
             return
-        self.problems.append(
+        self._refuse(
+            entry,
             f"{missing[0].label}: tensor '{entry.name}' is missing, though {', '.join(sorted(present)[:3])} "
             f"{'have' if len(present) > 1 else 'has'} it; add keep: {{base: [{entry.name}]}} to take the base's, "
-            "or fix the checkpoint"
+            "or fix the checkpoint",
         )
+
+    def _refuse(self, entry: Entry, why: str) -> None:
+        self.refused.append(Refusal(entry.name, why))
 
     def _nowhere(self, entry: Entry, experts: list[Model]) -> None:
         wanted = entry.of(experts[0].name)
         if self.recipe.slices is None:
-            self.problems.append(f"{self.reference.label}: tensor '{wanted}' is in no listed model")
+            self._refuse(entry, f"{self.reference.label}: tensor '{wanted}' is in no listed model")
             return
         count = max(self.layers.counts.values())
-        self.problems.append(f"{experts[0].label}: has no '{wanted}' (of {count} layers); check layer_range")
+        self._refuse(entry, f"{experts[0].label}: has no '{wanted}' (of {count} layers); check layer_range")
 
     def _mismatch(self, entry: Entry, model: Model, item: Input, first: Input) -> None:
         against = f"{model.label}: '{item.stored}' is {list(item.shape)}, but {list(first.shape)} in {first.model}"
         hint = vocabulary_hint(self.reference, model, item.shape, first.shape)
-        self.problems.append(
-            f"{against}; {hint or f'is it a head? keep: {{per_task: [{entry.name}]}} leaves it to each task'}"
+        self._refuse(
+            entry, f"{against}; {hint or f'is it a head? keep: {{per_task: [{entry.name}]}} leaves it to each task'}"
         )

@@ -158,8 +158,6 @@ class Engine:
         for piece in Grid(tensor.spec.numel, GRAIN * 2):
             if self._stop.is_set():
                 raise _StoppedError
-            if source.update is not None:
-                raise MachineError(f"'{tensor.name}': a low-rank update cannot be copied")
             values = source.read(piece.start, piece.stop)
             for other in others:
                 if not torch.equal(values, other.read(piece.start, piece.stop)):

@@ -42,9 +42,8 @@ class Input:
 
     @property
     def nbytes(self) -> int:
-        """Bytes read for the whole tensor (the factors of an update are counted as nothing)."""
-        whole = self.under if self.update is not None else self
-        return TensorSpec(self.stored, self.shape, whole.dtype).nbytes if whole else 0
+        """Bytes read for the whole tensor; a low-rank update counts as nothing."""
+        return TensorSpec(self.stored, self.shape, self.dtype).nbytes if self.update is None else 0
 
 
 @dataclass

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from plait.decide import Planner, TensorPlan
-from plait.errors import RecipeError
+from plait.decide import Planner, Refusal, TensorPlan
+from plait.errors import CheckpointError, RecipeError
 from plait.experts import Input, Library, Model, align_model
 from plait.layers import resize_config
 from plait.layout import BASE
@@ -34,6 +34,8 @@ class Plan:
     """Whose config.json, tokenizer and other side files are taken."""
     config: dict[str, Any]
     notes: list[str]
+    refused: list[Refusal]
+    """Tensors that do not fit; only where `make_plan` was told not to raise for them."""
     library: Library
     vocabulary: Vocabulary
 
@@ -65,10 +67,11 @@ class Plan:
         return list(found.values())
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, *, strict: bool = True) -> Plan:
     """Open the recipe's models (headers only), align them, and decide about every tensor.
 
-    Raises RecipeError for what the recipe asks wrongly, CheckpointError for files that do not fit.
+    Raises RecipeError for what the recipe asks wrongly, CheckpointError for files that do not fit; with `strict` off
+    tensors that do not fit are listed in `Plan.refused` instead.
     """
     method, recipe = method_of(recipe)
     names = recipe.names()
@@ -89,7 +92,10 @@ def make_plan(recipe: Recipe) -> Plan:
     experts = _experts(recipe, method, base, opened)
     planner = Planner(recipe, method, resolver, reference, base, experts)
     tensors = planner.run()
-    resolver.check_filters(planner.merged_names)
+    if planner.refused and strict:
+        raise CheckpointError(refusal_text(planner.refused))
+    if not planner.refused:
+        resolver.check_filters(planner.merged_names)
     donor = reference if reference is base else _donor(recipe, opened, ordered)
     config = dict(donor.config)
     if recipe.slices is not None:
@@ -97,13 +103,22 @@ def make_plan(recipe: Recipe) -> Plan:
     notes += planner.notes
     for model in ordered:
         notes += [f"{model.name}: {note}" for note in model.notes]
-    heads = planner.heads(ordered) if recipe.slices is None else {}
-    return Plan(recipe, method, tensors, heads, ordered, base, donor, config, notes, library, vocabulary)
+    heads = planner.heads(ordered, library) if recipe.slices is None else {}
+    return Plan(
+        recipe, method, tensors, heads, ordered, base, donor, config, notes, planner.refused, library, vocabulary
+    )
+
+
+def refusal_text(refused: list[Refusal]) -> str:
+    """The first few refusals, a line each."""
+    more = f"\n… and {len(refused) - 5} more" if len(refused) > 5 else ""
+    return "\n".join(refusal.why for refusal in refused[:5]) + more
 
 
 def _first_whole(recipe: Recipe, opened: Mapping[str, Model], ordered: list[Model]) -> Model:
     if recipe.slices is not None:
-        return opened[recipe.slices[0].sources[0].model]  # the order of slices has meaning
+        first = opened[recipe.slices[0].sources[0].model]  # the order of slices has meaning
+        return first.under or first
     for model in ordered:
         if not model.is_adapter:
             return model

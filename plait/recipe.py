@@ -58,7 +58,6 @@ class SliceEntry(_Strict):
     """One slice of the output: its sources are merged layer by layer."""
 
     sources: list[SourceEntry] = Field(min_length=1)
-    base_model: str | None = None
     parameters: Settings = Field(default_factory=dict)
 
 

@@ -47,7 +47,7 @@ def console() -> Console:
 def check_data(plan: Plan) -> dict[str, Any]:
     """Summary of a plan that holds."""
     return {
-        "ok": True,
+        "ok": not plan.refused,
         "method": plan.method.name,
         "base": plan.base.label if plan.base else None,
         "models": {model.name: {"from": model.label, "names": model.alignment.describe()} for model in plan.models},
@@ -87,6 +87,7 @@ def plan_data(plan: Plan, budget: Budget) -> dict[str, Any]:
         "least_memory_tensor": name,
         "fits": need <= budget.memory,
         "seconds_estimate": round(estimate_seconds(plan, budget), 1),
+        "refused": {refusal.name: refusal.why for refusal in plan.refused},
         "tensors": [
             {
                 "name": tensor.name, "action": tensor.action, "reason": tensor.reason, "shape": list(tensor.shape),
@@ -117,6 +118,8 @@ def plan_text(plan: Plan, budget: Budget, *, every: bool) -> None:
         table.add_row(name, str(len(members)), shape, action, reason, _brief(members, plan.method), style=style)
     for task, items in data["per_task"].items():
         table.add_row(", ".join(items), str(len(items)), "", "kept", f"{task}'s own, in heads/", "", style="cyan")
+    for name, why in data["refused"].items():
+        table.add_row(name, "1", "", "refused", why, "", style="red")
     out.print(table)
     fits = "" if data["fits"] else f" [red](needs at least {show_bytes(data['least_memory'])})[/]"
     out.print(

@@ -51,7 +51,7 @@ def config_json(plan: Plan) -> bytes:
 
 
 def _is_taken(path: Path, name: str, folder: Path) -> bool:
-    if not path.is_file() or not name.endswith(_ENDINGS) or path.name in _NOT_TAKEN or name.startswith("."):
+    if not path.is_file() or not name.endswith(_ENDINGS) or name in _NOT_TAKEN or name.startswith("."):
         return False
     if name.endswith(".index.json") or path.name.startswith("checkpoint"):
         return False

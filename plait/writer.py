@@ -275,7 +275,8 @@ def _boot() -> str:
 def _allocate(fd: int, size: int) -> None:
     """Reserve the blocks now, so that a full disk is found at once; where that cannot be done, only set the size."""
     try:
-        os.posix_fallocate(fd, 0, size)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(fd, 0, size)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise

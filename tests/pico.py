@@ -42,7 +42,7 @@ def _write(
             for parameter in model.parameters():
                 if float(parameter.std()) == 0.0:  # freshly initialised biases (0) and norm weights (1)
                     parameter.add_(0.05 * torch.randn_like(parameter))
-    model.to(dtype)
+    torch.nn.Module.to(model, dtype)
     transformers.utils.logging.disable_progress_bar()
     options: dict[str, Any] = {} if shard_size is None else {"max_shard_size": shard_size}
     model.save_pretrained(folder, **options)
@@ -80,7 +80,7 @@ def _bert_config(layers: int, labels: int = 2) -> transformers.BertConfig:
         num_attention_heads=HEADS,
         vocab_size=VOCAB,
         max_position_embeddings=64,
-        num_labels=labels,
+        num_labels=labels,  # pyright: ignore[reportCallIssue]
     )
 
 
@@ -164,7 +164,7 @@ def make_vit(
         num_attention_heads=HEADS,
         image_size=16,
         patch_size=8,
-        num_labels=labels or 2,
+        num_labels=labels or 2,  # pyright: ignore[reportCallIssue]
     )
     kind = transformers.ViTModel if labels is None else transformers.ViTForImageClassification
     return _write(folder, seed, dtype, shard_size, lambda: kind(config))
@@ -209,8 +209,8 @@ def make_t5(
         num_heads=HEADS,
         vocab_size=VOCAB,
         feed_forward_proj="gated-gelu" if gated else "relu",
-        tie_word_embeddings=tied,
-        decoder_start_token_id=0,
+        tie_word_embeddings=tied,  # pyright: ignore[reportCallIssue]
+        decoder_start_token_id=0,  # pyright: ignore[reportCallIssue]
     )
     return _write(folder, seed, dtype, shard_size, lambda: transformers.T5ForConditionalGeneration(config))
 
@@ -279,7 +279,7 @@ def lora_adapter(
     folder: PathLike,
     base_folder: PathLike,
     rank: int = 4,
-    alpha: float = 8,
+    alpha: int = 8,
     seed: int = 0,
     rslora: bool = False,
     targets: Iterable[str] = ("q_proj", "v_proj"),
@@ -307,7 +307,7 @@ def lora_adapter(
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter.copy_(0.02 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return Path(folder)
 
 

@@ -212,7 +212,7 @@ def combine_sum(base: Array, taus: Sequence[Array], weight: Weight, normalize: b
     """theta_0 + lambda * sum_k w_k tau_k (/ sum_k w_k when normalised; a divisor below 1e-8 counts as 1)."""
     w = _weights(weight, len(taus))
     out = np.zeros_like(_f64(base))
-    for wk, tau in zip(w, taus):
+    for wk, tau in zip(w, taus, strict=True):
         out = out + wk * tau
     if normalize:
         total = w.sum()
@@ -243,11 +243,11 @@ def combine_ties(
     divisor of 0 counts as 1).
     """
     w = _weights(weight, len(taus))
-    weighted = [wk * tau for wk, tau in zip(w, taus)]
+    weighted = [wk * tau for wk, tau in zip(w, taus, strict=True)]
     gamma = elect_sign(weighted, zeros)
     total = np.zeros_like(_f64(base))
     divisor = np.zeros_like(_f64(base))
-    for wk, x in zip(w, weighted):
+    for wk, x in zip(w, weighted, strict=True):
         agree = (np.sign(x) == gamma) & (x != 0)
         total = total + x * agree
         divisor = divisor + wk * agree
@@ -268,7 +268,7 @@ def linear(base: Array | None, models: Sequence[Array], weight: Weight = None, n
     """
     w = _weights(weight, len(models))
     out = np.zeros_like(_f64(models[0]))
-    for wk, m in zip(w, models):
+    for wk, m in zip(w, models, strict=True):
         out = out + wk * _f64(m)
     if normalize:
         total = w.sum()
@@ -297,7 +297,7 @@ def ties(
 ) -> Array:
     """Trim, elect sign, merge (Yadav et al. 2023, arXiv 2306.01708), trimmed per tensor as in mergekit and PEFT."""
     taus = task_vectors(base, models)
-    taus = [trim(t, d, rescale) for t, d in zip(taus, _numbers(density, len(taus)))]
+    taus = [trim(t, d, rescale) for t, d in zip(taus, _numbers(density, len(taus)), strict=True)]
     return combine_ties(base, taus, weight, normalize, lambda_, zeros)
 
 
@@ -316,7 +316,7 @@ def breadcrumbs(
     count = len(taus)
     taus = [
         breadcrumbs_sparsify(t, d, g, rescale)
-        for t, d, g in zip(taus, _numbers(density, count), _numbers(gamma, count))
+        for t, d, g in zip(taus, _numbers(density, count), _numbers(gamma, count), strict=True)
     ]
     return combine_sum(base, taus, weight, normalize, lambda_)
 
@@ -336,7 +336,7 @@ def breadcrumbs_ties(
     count = len(taus)
     taus = [
         breadcrumbs_sparsify(t, d, g, rescale)
-        for t, d, g in zip(taus, _numbers(density, count), _numbers(gamma, count))
+        for t, d, g in zip(taus, _numbers(density, count), _numbers(gamma, count), strict=True)
     ]
     return combine_ties(base, taus, weight, normalize, lambda_)
 
@@ -353,7 +353,8 @@ def dare_linear(
 ) -> Array:
     """DARE, then a weighted sum (Yu et al. 2023, arXiv 2311.03099). ``uniforms[k]`` in [0, 1) decides tau_k's mask."""
     taus = task_vectors(base, models)
-    taus = [dare_sparsify(t, d, u, rescale) for t, d, u in zip(taus, _numbers(density, len(taus)), uniforms)]
+    densities = _numbers(density, len(taus))
+    taus = [dare_sparsify(t, d, u, rescale) for t, d, u in zip(taus, densities, uniforms, strict=True)]
     return combine_sum(base, taus, weight, normalize, lambda_)
 
 
@@ -369,7 +370,8 @@ def dare_ties(
 ) -> Array:
     """DARE (arXiv 2311.03099), then TIES' sign election and merge (arXiv 2306.01708)."""
     taus = task_vectors(base, models)
-    taus = [dare_sparsify(t, d, u, rescale) for t, d, u in zip(taus, _numbers(density, len(taus)), uniforms)]
+    densities = _numbers(density, len(taus))
+    taus = [dare_sparsify(t, d, u, rescale) for t, d, u in zip(taus, densities, uniforms, strict=True)]
     return combine_ties(base, taus, weight, normalize, lambda_)
 
 
@@ -389,7 +391,7 @@ def della(
     count = len(taus)
     taus = [
         della_sparsify(t, d, u, e, rescale)
-        for t, d, e, u in zip(taus, _numbers(density, count), _numbers(epsilon, count), uniforms)
+        for t, d, e, u in zip(taus, _numbers(density, count), _numbers(epsilon, count), uniforms, strict=True)
     ]
     return combine_ties(base, taus, weight, normalize, lambda_)
 
@@ -410,7 +412,7 @@ def della_linear(
     count = len(taus)
     taus = [
         della_sparsify(t, d, u, e, rescale)
-        for t, d, e, u in zip(taus, _numbers(density, count), _numbers(epsilon, count), uniforms)
+        for t, d, e, u in zip(taus, _numbers(density, count), _numbers(epsilon, count), uniforms, strict=True)
     ]
     return combine_sum(base, taus, weight, normalize, lambda_)
 
@@ -440,7 +442,7 @@ def sce(base: Array, models: Sequence[Array], select_topk: float = 1.0) -> Array
     gamma = elect_sign(list(taus))
     num = np.zeros_like(taus[0])
     den = np.zeros_like(taus[0])
-    for wk, tau in zip(w, taus):
+    for wk, tau in zip(w, taus, strict=True):
         agree = (np.sign(tau) == gamma) & (tau != 0)
         num = num + wk * tau * agree
         den = den + wk * agree
@@ -531,8 +533,8 @@ def multislerp(
     if normalize_weights:
         w = w / w.sum()
     norms = [float(np.sqrt((x**2).sum())) for x in xs]
-    units = [x / (n + eps) for x, n in zip(xs, norms)]
-    mean = sum(wk * u for wk, u in zip(w, units))
+    units = [x / (n + eps) for x, n in zip(xs, norms, strict=True)]
+    mean = np.sum([wk * u for wk, u in zip(w, units, strict=True)], axis=0)
     length = float(np.sqrt((mean**2).sum()))
     if length < eps:
         if len(xs) == 2:
@@ -541,7 +543,7 @@ def multislerp(
             return np.zeros_like(xs[0]) + back
         raise ValueError("the weighted directions cancel out")
     mean = mean / length
-    tangent = sum(wk * (u - (u * mean).sum() * mean) for wk, u in zip(w, units))
+    tangent = np.sum([wk * (u - (u * mean).sum() * mean) for wk, u in zip(w, units, strict=True)], axis=0)
     n = float(np.sqrt((tangent**2).sum())) + eps
     out = math.cos(n) * mean + math.sin(n) / n * tangent
     return float((w * norms).sum()) * out + back
@@ -559,10 +561,10 @@ def karcher(base: Array | None, models: Sequence[Array], max_iter: int = 10, tol
     if len(xs) == 1:
         return xs[0].copy()
     norms = [float(np.sqrt((x**2).sum())) for x in xs]
-    units = [x / n for x, n in zip(xs, norms) if n > tol]
+    units = [x / n for x, n in zip(xs, norms, strict=True) if n > tol]
     if not units:
         return np.zeros_like(xs[0])
-    mean = sum(units) / len(units)
+    mean = np.sum(units, axis=0) / len(units)
     length = float(np.sqrt((mean**2).sum()))
     mean = units[0].copy() if length < tol else mean / length
     for _ in range(max_iter):

@@ -1,4 +1,4 @@
-"""What people see when their files do not fit: one sentence with the file, the tensor and the next step; the exit code."""
+"""What people see when their files do not fit: a sentence with file, tensor and next step; the exit code."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_disk_that_is_too_full_is_found_before_the_work(
     pair: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(MachineError, match="too full.*free some space"):
+    with pytest.raises(MachineError, match=r"too full.*free some space"):
         plait.merge(pair, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -160,7 +160,7 @@ def test_a_disk_that_becomes_full_leaves_work_to_go_on_with(
         return real(fd, data, offset)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(MachineError, match="became full.*same command"):
+    with pytest.raises(MachineError, match=r"became full.*same command"):
         plait.merge(pair, tmp_path / "out", threads=1)
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
@@ -186,7 +186,7 @@ def test_models_that_differ_need_a_base_to_say_whose_config_counts(tmp_path: Pat
     config = json.loads((folders[1] / "config.json").read_text())
     config["rms_norm_eps"] = 0.1
     (folders[1] / "config.json").write_text(json.dumps(config))
-    with pytest.raises(plait.RecipeError, match="rms_norm_eps.*name a base_model"):
+    with pytest.raises(plait.RecipeError, match=r"rms_norm_eps.*name a base_model"):
         plait.merge({"merge_method": "linear", "models": [{"model": str(f)} for f in folders]}, tmp_path / "out")
 
 

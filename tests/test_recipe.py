@@ -151,7 +151,8 @@ def test_layer_stacking_renumbers_and_updates_the_config(llama: dict[str, Path],
             if f"layers.{j}." in name:
                 assert torch.equal(got[name.replace(f"layers.{j}.", f"layers.{i}.")], values)
     assert torch.equal(got["lm_head.weight"], first["lm_head.weight"])
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(made.path, output_loading_info=True)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(made.path, output_loading_info=True)
+    model, info = loaded
     assert model.config.num_hidden_layers == 6
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

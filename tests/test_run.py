@@ -225,7 +225,7 @@ def test_an_existing_folder_is_only_replaced_when_told(llama: dict[str, Path], t
     out.mkdir()
     (out / "mine.txt").write_text("precious")
     data = recipe("linear", None, [llama["one"], llama["two"]])
-    with pytest.raises(RecipeError, match="exists already.*--overwrite"):
+    with pytest.raises(RecipeError, match=r"exists already.*--overwrite"):
         plait.merge(data, out)
     assert (out / "mine.txt").read_text() == "precious"
     plait.merge(data, out, overwrite=True)
@@ -275,7 +275,8 @@ def test_shards_and_their_index_load(llama: dict[str, Path], tmp_path: Path) -> 
     files = sorted(p.name for p in many.path.glob("*.safetensors"))
     assert len(files) > 3
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(many.path, output_loading_info=True)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(many.path, output_loading_info=True)
+    model, info = loaded
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     for name, values in load_file(one.path / "model.safetensors").items():

@@ -59,7 +59,7 @@ def cosine_of(g: np.ndarray, floor: float = 0.0) -> float:
     return max(-1.0, min(1.0, g[0, 1] / (a * b)))
 
 
-@merge_method("slerp", paper="Shoemake 1985", experts=(1, 1))
+@merge_method("slerp", paper="Shoemake 1985", experts=(1, 1), cost=2.5)
 def slerp(block: Block, *, t: Annotated[float, Range(0, 1)]) -> Stream:
     """Go the share `t` of the way from the base to the other model along the great circle of the flattened tensors.
 
@@ -74,7 +74,7 @@ def by_rows(params: Mapping[str, Any]) -> bool:
     return not params.get("nuslerp_flatten", True) and not params.get("nuslerp_row_wise", False)
 
 
-@merge_method("nuslerp", paper="mergekit", base="optional", experts=(2, 2), row_scope_if=by_rows)
+@merge_method("nuslerp", paper="mergekit", base="optional", experts=(2, 2), row_scope_if=by_rows, cost=2.5)
 def nuslerp(
     block: Block, *, weight: PerModel[float] = 1.0, nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
 ) -> Stream:
@@ -161,7 +161,7 @@ def _slerp_columns(block: Block, vectors: Stream, t: float) -> Stream:
     return vectors.map_pieces(merge)
 
 
-@merge_method("multislerp", paper="mergekit", base="optional")
+@merge_method("multislerp", paper="mergekit", base="optional", cost=2.5)
 def multislerp(
     block: Block, *, weight: PerModel[float] = 1.0, normalize_weights: bool = True, eps: Positive = 1e-8
 ) -> Stream:
@@ -214,7 +214,7 @@ def _tangent_mean(g: np.ndarray, norms: np.ndarray, weights: np.ndarray, eps: fl
     return point * float(weights @ norms) / units
 
 
-@merge_method("karcher", paper="arXiv:2603.04972", base="unused")
+@merge_method("karcher", paper="arXiv:2603.04972", base="unused", cost=2.5)
 def karcher(block: Block, *, max_iter: Annotated[int, Range(1)] = 10, tol: Positive = 1e-5) -> Stream:
     """Karcher (Fréchet) mean of the models' directions on the sphere, with their mean length; all weights equal.
 
@@ -257,7 +257,11 @@ def _karcher_coefficients(g: np.ndarray, norms: np.ndarray, max_iter: int, tol: 
 
 
 @merge_method(
-    "model_stock", paper="arXiv:2403.19522", experts=(2, None), row_scope_if=lambda p: p.get("filter_wise", False)
+    "model_stock",
+    paper="arXiv:2403.19522",
+    experts=(2, None),
+    row_scope_if=lambda params: params.get("filter_wise", False),
+    cost=2.5,
 )
 def model_stock(block: Block, *, filter_wise: bool = False) -> Stream:
     """Pull the experts' mean towards the base by their mean pairwise angle (Model Stock, eq. 4 and 7).

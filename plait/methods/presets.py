@@ -47,7 +47,7 @@ def task_arithmetic(
     return _finish(block, combines.sum_(block, block.deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("ties", paper="arXiv:2306.01708", survey=survey_trim)
+@merge_method("ties", paper="arXiv:2306.01708", survey=survey_trim, cost=11.5)
 def ties(
     block: Block,
     *,
@@ -68,7 +68,7 @@ def ties(
     return _finish(block, combines.elect(block, deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("dare_linear", paper="arXiv:2311.03099")
+@merge_method("dare_linear", paper="arXiv:2311.03099", cost=8)
 def dare_linear(
     block: Block,
     *,
@@ -79,12 +79,12 @@ def dare_linear(
     rescale_by: Literal["density", "l1"] = "density",
     lambda_: float = 1.0,
 ) -> Stream:
-    """Drop entries at random, rescale the rest by 1/density, then task arithmetic. Densities of 0.1 to 0.5 are usual."""
+    """Drop entries at random, rescale the rest by 1/density, then task arithmetic. Usual densities: 0.1 to 0.5."""
     deltas = transforms.drop(block, block.deltas, density=density, rescale=rescale, rescale_by=rescale_by)
     return _finish(block, combines.sum_(block, deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("dare_ties", paper="arXiv:2311.03099")
+@merge_method("dare_ties", paper="arXiv:2311.03099", cost=9.5)
 def dare_ties(
     block: Block,
     *,
@@ -100,7 +100,7 @@ def dare_ties(
     return _finish(block, combines.elect(block, deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("breadcrumbs", paper="arXiv:2312.06795")
+@merge_method("breadcrumbs", paper="arXiv:2312.06795", cost=14)
 def breadcrumbs(
     block: Block,
     *,
@@ -116,7 +116,7 @@ def breadcrumbs(
     return _finish(block, combines.sum_(block, deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("breadcrumbs_ties", paper="arXiv:2312.06795")
+@merge_method("breadcrumbs_ties", paper="arXiv:2312.06795", cost=16)
 def breadcrumbs_ties(
     block: Block,
     *,
@@ -132,7 +132,7 @@ def breadcrumbs_ties(
     return _finish(block, combines.elect(block, deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("della", paper="arXiv:2406.11617", scope="row")
+@merge_method("della", paper="arXiv:2406.11617", scope="row", cost=135)
 def della(
     block: Block,
     *,
@@ -148,7 +148,7 @@ def della(
     return _finish(block, combines.elect(block, deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("della_linear", paper="arXiv:2406.11617", scope="row")
+@merge_method("della_linear", paper="arXiv:2406.11617", scope="row", cost=130)
 def della_linear(
     block: Block,
     *,
@@ -164,14 +164,14 @@ def della_linear(
     return _finish(block, combines.sum_(block, deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("sce", paper="arXiv:2408.07990")
+@merge_method("sce", paper="arXiv:2408.07990", cost=16)
 def sce(block: Block, *, select_topk: Fraction = 1.0, lambda_: float = 1.0) -> Stream:
     """Select the entries that vary most across experts, weight experts by energy, erase minority signs."""
     deltas = transforms.spread(block, block.deltas, select_topk=select_topk)
     return _finish(block, combines.sce(block, deltas), lambda_)
 
 
-@merge_method("consensus", paper="arXiv:2405.07813", experts=(2, None))
+@merge_method("consensus", paper="arXiv:2405.07813", experts=(2, None), cost=4.5)
 def consensus(
     block: Block,
     *,

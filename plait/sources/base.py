@@ -51,6 +51,8 @@ class Source(Protocol):
     """config.json as data; empty when there is none."""
     specs: Mapping[str, TensorSpec]
     """Whole tensors stored here, in file order."""
+    extra_heads: Path | None
+    """A file beside the model that holds its task's head alone (head.safetensors), if there is one."""
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of tensor `name`: a flat CPU tensor in storage type. May be a read-only view."""

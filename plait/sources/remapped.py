@@ -131,6 +131,7 @@ class Remapped:
         self._read_from = dict(read_from)
         self.label = inner.label
         self.folder = inner.folder
+        self.extra_heads = inner.extra_heads
         self.config: Mapping[str, Any] = config
         self.specs: Mapping[str, TensorSpec] = {
             name: _reshaped(spec, rows[name]) if name in rows else spec for name, spec in inner.specs.items()

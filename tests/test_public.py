@@ -1,0 +1,106 @@
+"""What `plait` offers, and which module may know which: a new name or a backwards import must be wanted."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import plait
+import plait.methods
+
+PACKAGE = Path(plait.__file__).parent
+
+PUBLIC = ["CheckpointError", "MachineError", "Merged", "PlaitError", "Plan", "Recipe", "RecipeError", "load_recipe",
+          "make_plan", "merge"]  # fmt: skip
+METHODS = ["Block", "MergeMethod", "PerModel", "Range", "all_methods", "anchor_schedule", "average", "breadcrumbs",
+           "breadcrumbs_ties", "consensus", "dare_linear", "dare_ties", "della", "della_linear", "get_method",
+           "karcher", "linear", "merge_method", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough",
+           "sce", "slerp", "task_arithmetic", "ties"]  # fmt: skip
+
+# From left to right: a module imports from what stands before it only.
+ORDER = [
+    "errors", "units", "dtypes", "yamlfile", "recipe",
+    "methods.stream", "methods.block", "methods.contract", "methods.memory",
+    "methods.select", "methods.transforms", "methods.survey", "methods.combines", "methods.finishes",
+    "methods.geodesic", "methods.others", "methods.presets", "methods", "methods.compose", "settings",
+    "sources.base", "sources.files", "sources.folder", "sources.adapter_config", "sources.adapter_keys", "sources.hub",
+    "sources.safetensors", "sources.torchfile", "sources.adapter", "sources.remapped", "sources",
+    "tokens", "names", "layers", "renames", "experts", "vocabulary", "layout", "decide", "plan",
+    "writer", "engine", "sidefiles", "card", "run",
+    "inspect", "progress", "show", "templates", "cli", "__main__",
+]  # fmt: skip
+CALLED_BACK = {("methods.contract", "methods.memory")}
+"""A method that is called on tensors imports, in that moment, what runs it in memory."""
+
+
+def test_public_names() -> None:
+    assert sorted(plait.__all__) == PUBLIC
+    for name in PUBLIC:
+        assert getattr(plait, name).__module__.startswith("plait.")
+    assert sorted(plait.methods.__all__) == METHODS
+    assert not [name for name in METHODS if not hasattr(plait.methods, name)]
+    with pytest.raises(AttributeError, match="has no attribute 'mrege'"):
+        _ = plait.mrege  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_every_method_is_public_under_its_name() -> None:
+    for name, method in plait.methods.all_methods().items():
+        assert getattr(plait.methods, name) is method
+        assert name in METHODS
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(text: str, modules: set[str]) -> set[str]:
+    """Modules of plait that a source text imports, wherever in it: at the top, in functions, for type checkers."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "plait imports by absolute names"
+            assert node.module is not None
+            for alias in node.names:  # `from plait.methods import combines` is a module, `import Block` is not
+                inner = f"{node.module}.{alias.name}".removeprefix("plait.")
+                found.add(f"plait.{inner}" if inner in modules else node.module)
+    return {name.removeprefix("plait.") for name in found if name.startswith("plait.")}
+
+
+def backwards(sources: dict[str, str]) -> list[str]:
+    rank = {name: place for place, name in enumerate(ORDER)}
+    return [
+        f"{name} imports {other}"
+        for name, text in sources.items()
+        for other in sorted(imports_of(text, set(ORDER)))
+        if (name, other) not in CALLED_BACK and rank[other] >= rank[name]
+    ]
+
+
+def test_imports_go_to_the_left_only() -> None:
+    sources = {module_name(path): path.read_text() for path in PACKAGE.rglob("*.py")}
+    facade = sources.pop("")
+    assert set(sources) == set(ORDER), "a new module needs its place in ORDER"
+    assert len(ORDER) == len(set(ORDER))
+    assert backwards(sources) == []
+    assert imports_of(facade, set(ORDER)) == {"errors", "plan", "recipe", "run"}
+
+
+def test_a_backwards_import_is_seen() -> None:
+    assert backwards({"names": "from plait import errors, plan"}) == ["names imports plan"]
+    assert backwards({"writer": "def f():\n    from plait.run import merge"}) == ["writer imports run"]
+    inner = backwards({"methods.select": "from plait.methods import presets"})
+    assert inner == ["methods.select imports methods.presets"]
+    assert backwards({"recipe": "import plait.settings"}) == ["recipe imports settings"]
+
+
+def test_importing_plait_loads_nothing_heavy() -> None:
+    code = "import sys, plait; print(sorted({'torch', 'numpy', 'pydantic', 'transformers'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=60, check=True)
+    assert run.stdout.strip() == "[]"
