@@ -83,7 +83,7 @@ def merge(
     expert: Experts = None,
     settings: Settings = None,
     dtype: Annotated[str | None, typer.Option(help="Type of the output, where there is no recipe file.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of random methods, where there is no recipe file.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of random methods, where there is no recipe file.")] = None,
     memory: Memory = "512MB",
     threads: Threads = None,
     device: Device = "cpu",
@@ -129,6 +129,8 @@ def inspect(
     from plait.units import parse_bytes
 
     recipe: Any = models[0] if len(models) == 1 and models[0].endswith((".yaml", ".yml", ".json")) else None
+    if recipe is not None and base is not None:
+        raise RecipeError("inspect: a recipe file names its own base_model; --base goes with experts")
     made = make_plan(load_recipe(recipe or _adhoc("task_arithmetic", base, models, {}, None, 0)))
     with progress.shown(quiet or as_json) as shown:
         engine = Engine(
@@ -152,10 +154,10 @@ def methods(
 
 def _recipe_and_out(
     where: list[str], method: str | None, base: str | None, expert: list[str] | None, settings: list[str] | None,
-    dtype: str | None, seed: int,
+    dtype: str | None, seed: int | None,
 ) -> tuple[Any, str]:  # fmt: skip
     if method is None:
-        if len(where) != 2 or base or expert or settings or dtype:
+        if len(where) != 2 or base or expert or settings or dtype or seed is not None:
             raise RecipeError("merge: give RECIPE and OUT, or --method, --base, --expert … and OUT")
         return where[0], where[1]
     if len(where) != 1:
@@ -166,7 +168,7 @@ def _recipe_and_out(
         if not mark:
             raise RecipeError(f"--set {setting}: must be name=value, such as density=0.2")
         given[key] = _value(value)
-    return _adhoc(method, base, expert or [], given, dtype, seed), where[0]
+    return _adhoc(method, base, expert or [], given, dtype, seed or 0), where[0]
 
 
 def _adhoc(
@@ -193,20 +195,26 @@ def _value(text: str) -> Any:
 def main() -> None:
     """Run the command line. Exit code 2: your recipe or call; 3: your files; 1: the machine, or a bug of ours."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except PlaitError as error:
         typer.echo(f"plait: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("plait: interrupted; run the same command again to go on", err=True)
-        sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:
+        if type(error).__name__ == "Abort":  # typer before 0.16 raises this when interrupted
+            _interrupted()
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's own usage errors
             error.show()  # type: ignore[attr-defined]
             sys.exit(error.exit_code)  # type: ignore[attr-defined]
         raise
+    if code == 130:  # typer makes this of an interrupt
+        _interrupted()
+
+
+def _interrupted() -> None:
+    typer.echo("plait: interrupted; run the same command again to go on", err=True)
+    sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from plait.dtypes import FLOATS, from_recipe, widest
 from plait.errors import RecipeError
-from plait.experts import Input, Library, Model
+from plait.experts import Input, Library, Model, same_bytes
 from plait.layers import Layers
 from plait.layout import Entry, entries_of
 from plait.methods.contract import MergeMethod
@@ -169,12 +169,14 @@ class Planner:
         return self._merge(entry, base if self.method.base != "unused" else None, first, list(present.values()))
 
     def _merge(self, entry: Entry, base: Input | None, first: Input, inputs: list[Input]) -> TensorPlan:
-        key, t, depth = self._key(entry), entry.t, entry.depth
+        key, t, depth = self._key(entry.name), entry.t, entry.depth
         tasks = [item.model for item in inputs]
         inputs_named = {model: entry.of(model) for model in tasks}
+        if key != entry.name:  # a second copy: all that decides about the first decides about it
+            depth, inputs_named = self.layers.depth(key), dict.fromkeys(tasks, key)
         slice_index = entry.slice_index if self.recipe.slices is not None else None
         keywords = self.resolver.keywords(key, t, tasks, inputs_named, slice_index)
-        self.merged_names += [entry.name, *inputs_named.values()]
+        self.merged_names += [key, *inputs_named.values()]
         return TensorPlan(
             name=entry.name,
             shape=first.shape,
@@ -189,13 +191,23 @@ class Planner:
             key=key,
         )
 
-    def _key(self, entry: Entry) -> str:
-        """Tied tensors that a file stores twice must come out the same twice: the second goes by the first's name."""
-        if self._tied:
-            for other in tie_candidates(entry.name, self.reference.specs()):
-                if self.reference.specs()[other].shape == self.reference.specs()[entry.of(self.reference.name)].shape:
-                    return other
-        return entry.name
+    def _key(self, name: str) -> str:
+        """Tied tensors that a file stores twice must come out the same twice: all go by one name.
+
+        Older config.json do not say that a model ties, and T5's `tie_word_embeddings: false` is about the head only:
+        equal bytes in the reference count too.
+        """
+        while not (name == "shared.weight" or name.endswith(".shared.weight")):
+            first = self.reference.find(name)
+            for other in tie_candidates(name, self.reference.specs()):
+                second = self.reference.find(other)
+                assert second is not None
+                if first is not None and first.shape == second.shape and (self._tied or same_bytes(first, second)):
+                    name = other
+                    break
+            else:
+                break
+        return name
 
     def _dtype(self, base: Input | None, inputs: list[Input]) -> str:
         asked = self.recipe.out_dtype or self.recipe.dtype

@@ -6,6 +6,7 @@ in any order.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -231,8 +232,8 @@ class _Surveyed:
 def finite(values: torch.Tensor, item: Input, tensor: TensorPlan, piece: Piece) -> torch.Tensor:
     """The values, or a CheckpointError that names the first one that is not a finite number."""
     if values.numel():
-        low, high = torch.aminmax(values)
-        if not (torch.isfinite(low) and torch.isfinite(high)):
+        low, high = torch.aminmax(values)  # either is NaN where any entry is
+        if not (math.isfinite(float(low)) and math.isfinite(float(high))):
             at = int(torch.nonzero(~torch.isfinite(values))[0, 0]) + piece.start
             place = []
             for size in reversed(tensor.shape):

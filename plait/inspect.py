@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,7 +66,11 @@ def inspect_plan(plan: Plan, engine: Engine) -> dict[str, Any]:
     """
     if plan.base is None:
         raise RecipeError("inspect compares task vectors, so it needs a base: add base_model, or --base")
-    tensors = [tensor for tensor in plan.merged if tensor.base is not None]
+    tensors = [
+        tensor if tensor.base is not None else replace(tensor, base=plan.base.find(tensor.name))
+        for tensor in plan.merged
+    ]
+    tensors = [tensor for tensor in tensors if tensor.base is not None]
     engine.progress.stage("inspect", sum(tensor.bytes_in for tensor in tensors))
 
     def job(tensor: Any) -> Sums:

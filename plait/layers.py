@@ -14,7 +14,9 @@ from typing import Any
 
 from plait.errors import RecipeError
 
-_BEFORE = re.compile(r"(^|[._])(embed\w*|wte|wpe|shared|patch\w*|stem\w*|conv1|cls_token|mask_token|pre_?layr?norm)")
+_BEFORE = re.compile(
+    r"(^|[._])(embed(?!_out)\w*|wte|wpe|shared|patch\w*|stem\w*|conv1|cls_token|mask_token|pre_?laye?rnorm)"
+)
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers", "depth")
 
 

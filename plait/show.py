@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from plait.methods.contract import MergeMethod
@@ -115,11 +116,11 @@ def plan_text(plan: Plan, budget: Budget, *, every: bool) -> None:
         groups.setdefault(key, []).append(tensor["parameters"])
     for (name, shape, action, reason), members in groups.items():
         style = {"merge": "", "copy": "dim"}[action]
-        table.add_row(name, str(len(members)), shape, action, reason, _brief(members, plan.method), style=style)
+        table.add_row(escape(name), str(len(members)), shape, action, reason, _brief(members, plan.method), style=style)
     for task, items in data["per_task"].items():
         table.add_row(", ".join(items), str(len(items)), "", "kept", f"{task}'s own, in heads/", "", style="cyan")
     for name, why in data["refused"].items():
-        table.add_row(name, "1", "", "refused", why, "", style="red")
+        table.add_row(escape(name), "1", "", "refused", escape(why), "", style="red")
     out.print(table)
     fits = "" if data["fits"] else f" [red](needs at least {show_bytes(data['least_memory'])})[/]"
     out.print(
@@ -150,11 +151,11 @@ def merged_text(merged: Merged) -> None:
     plan = merged.plan
     resumed = f" ({merged.resumed} of them by the interrupted run)" if merged.resumed else ""
     out.print(
-        f"[bold]{merged.path}[/]: {len(plan.tensors)} tensors{resumed}, {show_bytes(plan.bytes_out)}, from "
-        f"{len(plan.models)} models by {plan.method.name}"
+        f"[bold]{escape(str(merged.path))}[/]: {len(plan.tensors)} tensors{resumed}, {show_bytes(plan.bytes_out)}, "
+        f"from {len(plan.models)} models by {plan.method.name}"
     )
     if plan.heads:
-        out.print(f"heads kept per task: {', '.join(sorted(plan.heads))} (in {merged.path}/heads)")
+        out.print(f"heads kept per task: {', '.join(sorted(plan.heads))} (in {merged.path}/heads)", markup=False)
     _notes(plan.notes, out)
 
 
@@ -229,10 +230,10 @@ def inspect_text(data: dict[str, Any], *, every: bool) -> None:
 def _models_table(plan: Plan, out: Console) -> None:
     table = Table("model", "from", "names", box=None, header_style="bold")
     if plan.base is not None:
-        table.add_row("base", plan.base.label, f"{len(plan.base.specs())} tensors")
+        table.add_row("base", escape(plan.base.label), f"{len(plan.base.specs())} tensors")
     for model in plan.models:
         names = model.alignment.describe() if not model.updates else f"adapter: {len(model.updates)} updated tensors"
-        table.add_row(model.name, model.label, names)
+        table.add_row(model.name, escape(model.label), escape(names))
     out.print(table)
     out.print()
 

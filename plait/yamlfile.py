@@ -59,6 +59,8 @@ def parse_file(path: Path) -> Located:
         raise RecipeError(f"{path}: no such recipe file; `plait init` prints one to start from") from None
     except (UnicodeDecodeError, IsADirectoryError):
         raise RecipeError(f"{path}: not a text file; a recipe is YAML or JSON") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _build(node: yaml.Node, path: Path_, lines: dict[Path_, int], source: str, open_nodes: set[int]) -> Any:

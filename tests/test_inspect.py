@@ -95,7 +95,7 @@ def test_every_tensor_group_and_the_whole(found: dict[str, Any], llama: dict[str
     for kind, members in groups.items():
         close(found["groups"][kind], expected(llama, TASKS, members))
     close(found["overall"], expected(llama, TASKS, names))
-    assert 0.2 < found["overall"]["unanimous"] < 0.3, "three random signs agree in a quarter of the cases"
+    assert 0.25 < found["overall"]["unanimous"] < 0.5, "of three random signs a quarter agree, of two a half"
     assert found["overall"]["changed"] > 0.9
 
 

@@ -179,6 +179,19 @@ class TestTiedTensors:
             torch.testing.assert_close(got[name], want, rtol=1e-6, atol=1e-7)
         assert "expert0: 'decoder.embed_tokens.weight' is tied to 'shared.weight'" in made.plan.notes
 
+    @pytest.mark.parametrize("tied", [True, False], ids=["all tied", "head untied"])
+    @pytest.mark.parametrize("expert", ["one", "one thrice"])
+    def test_copies_stay_equal_under_random_methods(
+        self, expert: str, tied: bool, t5: dict[str, Path], tmp_path: Path
+    ) -> None:
+        """Without a tied head T5's embeddings are still one."""
+        config = json.loads((t5["thrice"] / "config.json").read_text())
+        (t5["thrice"] / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+        data = {**linear(t5["thrice"], t5[expert]), "merge_method": "dare_linear", "parameters": {"density": 0.5}}
+        got = load_file(plait.merge(data, tmp_path / "out").path / "model.safetensors")
+        for side in ("encoder", "decoder"):
+            assert torch.equal(got[f"{side}.embed_tokens.weight"], got["shared.weight"]), side
+
     def test_a_copy_that_differs_is_the_experts_own(self, t5: dict[str, Path], tmp_path: Path) -> None:
         values = torch.zeros(pico.VOCAB, pico.WIDTH)
         torn = rewritten(t5["one"], tmp_path / "torn", {"encoder.embed_tokens.weight": values})
@@ -215,7 +228,7 @@ class TestTiedTensors:
         }
 
 
-DINO = {
+DINO: dict[str, Any] = {
     "hidden_size": pico.WIDTH,
     "num_hidden_layers": 2,
     "num_attention_heads": pico.HEADS,

@@ -17,7 +17,7 @@ import torch
 T = TypeVar("T")
 Scope = Literal["element", "row", "tensor"]
 
-GRAIN = 1 << 17
+GRAIN = 1 << 18
 """Elements of a piece: with K experts and a few temporaries it stays near the CPU's caches."""
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plait.errors import CheckpointError, nearest
+from plait.errors import CheckpointError
 from plait.sources import files
 from plait.sources.adapter_config import CONFIG_NAME, AdapterConfig
 from plait.sources.adapter_keys import check_factors, sort_keys
@@ -74,7 +74,7 @@ class AdapterSource:
         for name, update in self.updates.items():
             if name not in base:
                 raise CheckpointError(
-                    f"{path}: updates '{name}', which the base does not have{nearest(name, base)}. Use the base that "
+                    f"{path}: updates '{name}', which the base does not have. Use the base that "
                     f"this adapter was trained on{trained_on}. If the weight is tied there, untie it first."
                 )
             shape = base[name].shape
