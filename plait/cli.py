@@ -97,6 +97,7 @@ def merge(
     """Merge: as a recipe file says, or with --method, --base and --expert. Interrupted merges go on where they were."""
     from plait import progress, run, show
 
+    run.keep_freed_memory()
     recipe, out = _recipe_and_out(where, method, base, expert, settings, dtype, seed)
     with progress.shown(quiet or as_json) as shown:
         merged = run.merge(

@@ -156,7 +156,7 @@ class Planner:
             if item.dtype not in FLOATS:
                 self._refuse(
                     entry,
-                    f"{model.label}: '{item.stored}' is {item.dtype}, but {first.dtype} in {first.model}; only "
+                    f"{model.label}: '{item.stored}' is {item.dtype}, but {first.dtype} in {first.source.label}; only "
                     f"floating tensors are merged: keep: {{base: [{entry.name}]}} takes the base's",
                 )
                 return None
@@ -225,7 +225,7 @@ class Planner:
                 self._refuse(
                     entry,
                     f"{name}: '{entry.name}' is {item.dtype}{list(item.shape)}, but "
-                    f"{first.dtype}{list(first.shape)} in {first.model}; tensors that are not floating are copied "
+                    f"{first.dtype}{list(first.shape)} in {first.source.label}; tensors that are not floating are copied "
                     f"and must agree: keep: {{base: [{entry.name}]}} takes the base's",
                 )
                 return None
@@ -294,7 +294,7 @@ class Planner:
         self._refuse(entry, f"{experts[0].label}: has no '{wanted}' (of {count} layers); check layer_range")
 
     def _mismatch(self, entry: Entry, model: Model, item: Input, first: Input) -> None:
-        against = f"{model.label}: '{item.stored}' is {list(item.shape)}, but {list(first.shape)} in {first.model}"
+        against = f"{model.label}: '{item.stored}' is {list(item.shape)}, but {list(first.shape)} in {first.source.label}"
         hint = vocabulary_hint(self.reference, model, item.shape, first.shape)
         self._refuse(
             entry, f"{against}; {hint or f'is it a head? keep: {{per_task: [{entry.name}]}} leaves it to each task'}"

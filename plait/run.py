@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -132,6 +133,18 @@ def refuse_impossible(plan: Plan, out: Path, memory: int) -> None:
 def usable_threads() -> int:
     """Processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_freed_memory() -> None:
+    """Tell the C library not to hand every freed buffer back: pieces are allocated and freed without end.
+
+    Saves a fifth of the time of TIES (docs/LOG.md). Changes the whole process, so only the command line does it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc
+    if mallopt is not None:
+        trim_threshold, mmap_threshold, never = -1, -3, 1 << 30
+        mallopt(trim_threshold, never)
+        mallopt(mmap_threshold, never)
 
 
 def provenance(plan: Plan, hashes: Mapping[str, str]) -> dict[str, Any]:
