@@ -20,6 +20,8 @@ from plait.sources.base import TensorSpec
 from plait.vocabulary import vocabulary_hint
 
 Action = Literal["merge", "copy"]
+_HEADS = ("classifier", "score", "qa_outputs")
+"""What transformers calls the modules that turn features into a task's answers."""
 _COUNTERS = "num_batches_tracked"
 """BatchNorm's step counter: differs between experts by nature, and nothing at inference reads it."""
 
@@ -90,6 +92,8 @@ class Planner:
         self._matched: set[str] = set()
         self._tied = is_tied(reference.config)
         self._per_task: set[str] = set()
+        labels = [model.labels for group in experts for model in group]
+        self._labels_differ = any(found != labels[0] for found in labels)
 
     def run(self) -> list[TensorPlan]:
         """Decide about every tensor; what cannot be merged goes into `refused`, what is worth knowing into `notes`."""
@@ -131,9 +135,9 @@ class Planner:
         base = self.base.find(entry.of(self.base.name)) if self.base is not None else None
         experts = self.experts[entry.slice_index]
         found = {model.name: model.find(entry.of(model.name)) for model in experts}
-        kept = self._kept(entry, base)
-        if kept is not None:
-            return kept if kept != "omit" else None  # type: ignore[return-value]
+        keeper = self._keeper(entry, [item for item in found.values() if item is not None])
+        if keeper is not None:
+            return self._copy(entry, base, keeper) if base is not None else None
         present = {name: item for name, item in found.items() if item is not None}
         if not present:
             if base is None:
@@ -225,8 +229,8 @@ class Planner:
                 self._refuse(
                     entry,
                     f"{name}: '{entry.name}' is {item.dtype}{list(item.shape)}, but "
-                    f"{first.dtype}{list(first.shape)} in {first.source.label}; tensors that are not floating are copied "
-                    f"and must agree: keep: {{base: [{entry.name}]}} takes the base's",
+                    f"{first.dtype}{list(first.shape)} in {first.source.label}; tensors that are not floating are "
+                    f"copied and must agree: keep: {{base: [{entry.name}]}} takes the base's",
                 )
                 return None
         if entry.name.endswith(_COUNTERS):
@@ -234,18 +238,27 @@ class Planner:
         others = tuple(item for item in present.values() if item != first)
         return self._copy(entry, first, f"{first.dtype} is not merged", others)
 
-    def _kept(self, entry: Entry, base: Input | None) -> TensorPlan | str | None:
+    def _keeper(self, entry: Entry, present: list[Input]) -> str | None:
+        """Why the tensor is not merged: the recipe keeps it, or it is a classifier of tasks with other labels."""
         for pattern in self.recipe.keep.per_task:
             if pattern in entry.name:
                 self._matched.add(pattern)
                 self._per_task.add(entry.name)
-                return self._copy(entry, base, "kept per task; the base's here") if base is not None else "omit"
+                return "kept per task; the base's here"
         for pattern in self.recipe.keep.base:
             if pattern in entry.name:
                 self._matched.add(pattern)
-                if base is None:
+                if self.base is None:
                     raise RecipeError(f"{self.recipe.where('keep', 'base')}: needs base_model")
-                return self._copy(entry, base, "kept from the base")
+                return "kept from the base"
+        if len(present) > 1 and entry.name.split(".")[0] in _HEADS:
+            if self._labels_differ:
+                self._per_task.add(entry.name)
+                return "head of tasks with other labels, kept per task; the base's here"
+            head = entry.name.split(".")[0]
+            note = f"'{head}' is merged, as the head of one task; keep: {{per_task: [{head}]}} leaves it to each"
+            if note not in self.notes:
+                self.notes.append(note)
         return None
 
     def _check_keep(self) -> None:
@@ -294,7 +307,9 @@ class Planner:
         self._refuse(entry, f"{experts[0].label}: has no '{wanted}' (of {count} layers); check layer_range")
 
     def _mismatch(self, entry: Entry, model: Model, item: Input, first: Input) -> None:
-        against = f"{model.label}: '{item.stored}' is {list(item.shape)}, but {list(first.shape)} in {first.source.label}"
+        against = (
+            f"{model.label}: '{item.stored}' is {list(item.shape)}, but {list(first.shape)} in {first.source.label}"
+        )
         hint = vocabulary_hint(self.reference, model, item.shape, first.shape)
         self._refuse(
             entry, f"{against}; {hint or f'is it a head? keep: {{per_task: [{entry.name}]}} leaves it to each task'}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,12 @@ class Model:
     def config(self) -> Mapping[str, Any]:
         """config.json; an adapter has its base's."""
         return self.under.config if self.under is not None else self.source.config
+
+    @property
+    def labels(self) -> dict[str, str] | None:
+        """id2label of a classifier's own config, if it has one."""
+        found = self.source.config.get("id2label")
+        return {str(key): str(value) for key, value in found.items()} if isinstance(found, Mapping) else None
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """The whole tensors stored, by stored name."""
@@ -159,38 +165,45 @@ def align_model(model: Model, reference: Model) -> None:
 
 def _align_adapter(model: Model, reference: Model, names: list[str]) -> None:
     assert isinstance(model.source, LowRankSource)
-    targets = list(model.source.updates)
-    spellings = _memory_names(reference, names, targets)
-    found = align(list(spellings), [*targets, *model.specs()], model.label, reference.label)
-    for spelling, stored in found.names.items():
-        (model.updates if stored in model.source.updates else model.alignment.names)[spellings[spelling]] = stored
-    model.alignment.stripped, model.alignment.added = found.stripped, found.added
-    model.source.orient(
-        {target: reference.specs()[name] for name, target in model.updates.items() if name in reference.specs()}
-    )
-    unmatched = [name for name in found.extra if name in model.source.updates]
-    if unmatched:
+    updates, stored = model.source.updates, [*model.source.updates, *model.specs()]
+    problem: CheckpointError | None = None
+    for spellings in _spellings(reference, names):
+        try:
+            found = align(list(spellings), stored, model.label, reference.label)
+        except CheckpointError as error:
+            problem = problem or error
+            continue
+        unmatched = [name for name in found.extra if name in updates]
+        if not unmatched:
+            break
         more = f" and {len(unmatched) - 1} more" if unmatched[1:] else ""
-        raise CheckpointError(
-            f"{model.label}: updates '{unmatched[0]}'{more}, which "
-            f"{reference.label} does not have; is it an adapter of another base?"
+        trained_on = f" ({model.source.base_label})" if model.source.base_label else ""
+        problem = CheckpointError(
+            f"{model.label}: updates '{unmatched[0]}'{more}, which {reference.label} does not have; use the base that "
+            f"this adapter was trained on{trained_on}"
         )
-    model.alignment.extra = [name for name in found.extra if name not in model.source.updates]
+    else:
+        assert problem is not None
+        raise problem
+    for spelling, name in found.names.items():
+        (model.updates if name in updates else model.alignment.names)[spellings[spelling]] = name
+    model.alignment.stripped, model.alignment.added = found.stripped, found.added
+    model.alignment.extra = [name for name in found.extra if name not in updates]
+    model.source.orient({target: reference.specs()[name] for name, target in model.updates.items()})
 
 
-def _memory_names(reference: Model, names: list[str], targets: list[str]) -> dict[str, str]:
-    """Spelling in the adapter's vocabulary → reference name.
+def _spellings(reference: Model, names: list[str]) -> Iterator[dict[str, str]]:
+    """Spelling → name of the reference: as they are, then also as transformers has them in memory.
 
     Adapters carry the module names of the transformers version that trained them, files may carry older ones.
     """
     plain = {name: name for name in names}
-    matched = {name.rsplit(".", 2)[-2:][0] for name in names if "." in name}
-    if all(len(target.split(".")) < 2 or target.split(".")[-2] in matched for target in targets):
-        return plain
+    yield plain
     from plait.renames import in_memory_names
 
     renamed = in_memory_names(reference.config, names)
-    return {**plain, **{memory: stored for stored, memory in renamed.items()}} if renamed else plain
+    if renamed:
+        yield {**plain, **{memory: stored for stored, memory in renamed.items()}}
 
 
 def _resolve_ties(model: Model, reference: Model) -> None:

@@ -22,7 +22,7 @@ from plait.errors import MachineError, RecipeError
 from plait.experts import Input
 from plait.plan import Plan, make_plan
 from plait.recipe import Recipe, load_recipe
-from plait.sidefiles import labels_of, side_files
+from plait.sidefiles import side_files
 from plait.sources.base import TensorSpec
 from plait.units import parse_bytes, show_bytes
 from plait.writer import FolderWriter, ShardFile, index_of, lay_out, shard
@@ -186,9 +186,8 @@ def _resume_key(plan: Plan, shards: list[ShardFile]) -> str:
 def _head_file(task: str, items: list[Input], plan: Plan) -> tuple[ShardFile, list[Input]]:
     model = next(model for model in plan.models if model.name == task)
     metadata = {"format": "pt", "task": task}
-    labels = labels_of(model.source.config)
-    if labels is not None:
-        metadata["id2label"] = json.dumps(labels, ensure_ascii=False)
+    if model.labels is not None:
+        metadata["id2label"] = json.dumps(model.labels, ensure_ascii=False)
     specs = [TensorSpec(item.stored, item.shape, item.dtype) for item in items]
     return shard(f"{task}.safetensors", specs, metadata), items
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +65,3 @@ def _stays_inside(path: Path, folder: Path) -> bool:
     if folder.resolve().parent.name == "snapshots":
         roots.append(folder.resolve().parent.parent / "blobs")
     return any(path.resolve().is_relative_to(root) for root in roots)
-
-
-def labels_of(config: Mapping[str, Any]) -> dict[str, str] | None:
-    """id2label of a classifier's config, if it has one."""
-    labels = config.get("id2label")
-    return {str(key): str(value) for key, value in labels.items()} if isinstance(labels, Mapping) else None

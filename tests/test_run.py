@@ -345,3 +345,25 @@ def test_nothing_but_the_recipe_and_the_inputs_decides_the_side_files(llama: dic
     assert set(record["inputs"]) == {str(llama[k]) for k in ("base", "one", "two")}
     assert (made.path / "tokenizer.json").read_bytes() == (llama["base"] / "tokenizer.json").read_bytes()
     assert "linear" in (made.path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("labels", [["cat", "dog"], ["spam", "ham"]], ids=["same task", "other tasks"])
+def test_heads_are_merged_only_where_the_labels_are_the_same(labels: list[str], tmp_path: Path) -> None:
+    base = pico.make_bert_classifier(tmp_path / "base")
+    folders = pico.experts(tmp_path / "e", base, 2)
+    for folder, names in zip(folders, [["cat", "dog"], labels], strict=True):
+        config = json.loads((folder / "config.json").read_text())
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        (folder / "config.json").write_text(json.dumps(config))
+    made = plait.merge(recipe("task_arithmetic", base, folders, {"weight": 0.5}), tmp_path / "out")
+    actions = {t.name: t.action for t in made.plan.tensors if t.name.startswith("classifier")}
+    if labels == ["cat", "dog"]:
+        assert set(actions.values()) == {"merge"}
+        assert any("leaves it to each" in note for note in made.plan.notes)
+    else:
+        assert set(actions.values()) == {"copy"}
+        for folder in folders:
+            head = load_file(made.path / "heads" / f"{folder.name}.safetensors")
+            assert torch.equal(head["classifier.weight"], pico.read(folder)["classifier.weight"])
+    _, info = transformers.AutoModelForSequenceClassification.from_pretrained(made.path, output_loading_info=True)
+    assert not info["missing_keys"]
