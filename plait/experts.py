@@ -114,7 +114,14 @@ class Library:
     def source(self, spec: str) -> Source:
         """The source of one spelling."""
         if spec not in self._open:
-            self._open[spec] = open_source(spec, root=self.recipe.folder)
+            source = self._open[spec] = open_source(spec, root=self.recipe.folder)
+            quantized = source.config.get("quantization_config")
+            if quantized is not None:
+                kind = quantized.get("quant_method", "some method") if isinstance(quantized, Mapping) else "some method"
+                raise CheckpointError(
+                    f"{spec}: config.json says that it is quantised ({kind}); merge the unquantised checkpoint, and "
+                    "quantise the result"
+                )
         return self._open[spec]
 
     def model(self, spec: str, name: str, base: Model | None) -> Model:

@@ -89,8 +89,16 @@ class Resolver:
                 result[parameter.keyword] = values
             else:
                 result[parameter.keyword] = self._value(parameter, self._scopes(None, slice_index), tensor, t)
-        self.method.check_together(result, tensor)
+        self.method.check_together(result, tensor, self._where)
         return result
+
+    def _where(self, key: str) -> str:
+        """The first place where a parameter is set, or where all models' parameters are."""
+        for scope in self._all_scopes():
+            for name in scope.settings:
+                if name == key or name.endswith("." + key):
+                    return self.recipe.where(*scope.path, name)
+        return self.recipe.where("parameters", key)
 
     def _value(self, parameter: Parameter, scopes: Sequence[Scope], tensor: str, t: float) -> Any:
         for scope in scopes:

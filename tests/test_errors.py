@@ -96,6 +96,17 @@ def test_files_that_do_not_fit_are_named(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_quantised_checkpoints_are_refused(tmp_path: Path) -> None:
+    base = pico.make_llama(tmp_path / "base")
+    (one,) = pico.experts(tmp_path, base, 1)
+    config = json.loads((one / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (one / "config.json").write_text(json.dumps(config))
+    data = {"merge_method": "ties", "base_model": str(base), "models": [{"model": str(one)}]}
+    with pytest.raises(CheckpointError, match=r"expert0: config\.json says that it is quantised \(gptq\)"):
+        plait.make_plan(plait.load_recipe(data))
+
+
 def test_two_ways_to_align_names_are_refused(tmp_path: Path) -> None:
     base = {"encoder.a.weight": torch.ones(3), "encoder.b.weight": torch.ones(3)}
     twice = {f"{side}.{name}": values.clone() for side in ("question", "passage") for name, values in base.items()}

@@ -171,28 +171,28 @@ class MergeMethod:
         """How far a tensor may be cut, given the parameters."""
         return "row" if self.row_scope_if is not None and self.row_scope_if(params) else self.scope
 
-    def check_together(self, keywords: Mapping[str, Any], tensor: str) -> None:
-        """Refuse values that are fine one by one but not together, for one tensor."""
+    def check_together(self, keywords: Mapping[str, Any], tensor: str, where: Callable[[str], str]) -> None:
+        """Refuse values that are fine one by one but not together. `where` tells a key's place in the recipe."""
         stages: dict[str, dict[str, Any]] = {}
         for keyword, value in keywords.items():  # composed methods prefix their stages' keywords
             stage, _, name = keyword.rpartition("__")
             stages.setdefault(stage, {})[name] = value
         for given in stages.values():
-            self._check_weights(given, tensor)
+            self._check_weights(given, tensor, where)
             for d, e in zip(given.get("density", ()), given.get("epsilon", ()), strict=False):
                 if 0 < d < 1 and not (d - e > 0 and d + e < 1):
                     raise RecipeError(
-                        f"epsilon: density ± epsilon must lie inside (0, 1), got {d} ± {e} for tensor '{tensor}'; "
-                        "lower epsilon"
+                        f"{where('epsilon')}: density ± epsilon must lie inside (0, 1), got {d} ± {e} for "
+                        f"tensor '{tensor}'; lower epsilon"
                     )
 
-    def _check_weights(self, given: Mapping[str, Any], tensor: str) -> None:
+    def _check_weights(self, given: Mapping[str, Any], tensor: str, where: Callable[[str], str]) -> None:
         weights = given.get("weight")
         normalized = given.get("normalize", given.get("normalize_weights", False))
         if normalized and isinstance(weights, Sequence) and weights and abs(sum(weights)) < 1e-12:
             raise RecipeError(
-                f"weight: the weights {list(weights)} for tensor '{tensor}' sum to zero, and {self.name} divides by "
-                "their sum; change a weight, or set normalize: false"
+                f"{where('weight')}: the weights {list(weights)} for tensor '{tensor}' sum to zero, and "
+                f"{self.name} divides by their sum; change a weight, or set normalize: false"
             )
 
     def __call__(
