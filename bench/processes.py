@@ -136,6 +136,8 @@ def mergekit_python(arguments: argparse.Namespace) -> str:
     if not (venv / "bin" / "mergekit-yaml").exists():
         print(f"installing mergekit {MERGEKIT_VERSION} into {venv}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-        command = [str(python), "-m", "pip", "install", "-q", f"mergekit=={MERGEKIT_VERSION}", *arguments.pip_option]
-        subprocess.run(command, check=True)
+        pip = [str(python), "-m", "pip", "install", "-q", *arguments.pip_option]
+        # Our own torch first, so that both tools run on one build and no other is fetched.
+        subprocess.run([*pip, f"torch=={torch.__version__.split('+')[0]}"], check=True)
+        subprocess.run([*pip, f"mergekit=={MERGEKIT_VERSION}"], check=True)
     return str(python)
