@@ -73,11 +73,11 @@ def as_bits(magnitudes: torch.Tensor) -> torch.Tensor:
     return magnitudes.to(torch.float32).view(torch.int32)
 
 
-def count_of(density: float, numel: int, *, at_least_one: bool = True) -> int:
+def count_of(density: float, numel: int) -> int:
     """How many of `numel` elements a density keeps: ⌊density·n⌋, but something of any tensor when density > 0."""
     if density <= 0 or numel == 0:
         return 0
-    return max(int(density * numel), 1 if at_least_one else 0)
+    return max(int(density * numel), 1)
 
 
 class Histograms:
