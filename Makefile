@@ -1,10 +1,10 @@
-# make setup | demo | test | lint | experts | bench. Everything is installed into .venv here.
+# make setup | demo | test | suite | lint | experts | bench. Everything is installed into .venv here.
 VENV := .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint experts bench clean
+.PHONY: setup demo test suite lint experts bench clean
 
 setup: $(READY)
 
@@ -13,7 +13,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet -c constraints.txt torch
-	$(PY) -m pip install --quiet -c constraints.txt -e ".[demo,test,dev]"
+	$(PY) -m pip install --quiet -c constraints.txt -e ".[test,dev]"
 	touch $(READY)
 
 demo: setup
@@ -21,6 +21,13 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest
+
+# Builds the two main suites in the user's cache (PLAIT_CACHE says where), then measures the plain methods on both.
+suite: setup
+	$(VENV)/bin/plait suite build vision
+	$(VENV)/bin/plait suite build text
+	$(VENV)/bin/plait compare --suite vision --out suite-output/vision
+	$(VENV)/bin/plait compare --suite text --out suite-output/text
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -34,4 +41,4 @@ bench: setup
 	$(PY) bench/against_mergekit.py
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) demo-output suite-output

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from plait import cli_measure
 from plait.errors import CheckpointError, PlaitError, RecipeError
 
 app = typer.Typer(
@@ -191,6 +192,9 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+cli_measure.register(app)
 
 
 def main() -> None:

@@ -30,12 +30,12 @@ R = TypeVar("R")
 class Progress(Protocol):
     """Is told what has been done; may show it."""
 
-    def stage(self, name: str, total: int) -> None:
-        """A stage of `total` bytes begins."""
+    def stage(self, name: str, total: int, unit: str = "bytes") -> None:
+        """A stage of `total` bytes begins, or of other units."""
         ...
 
     def advance(self, count: int) -> None:
-        """So many more bytes are done."""
+        """So many more of them are done."""
         ...
 
 

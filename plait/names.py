@@ -42,7 +42,8 @@ class Alignment:
 def align(reference: Collection[str], stored: Collection[str], label: str, against: str) -> Alignment:
     """Match stored names to reference names up to one prefix on either side.
 
-    Raises CheckpointError when nothing matches, or when a second prefix matches at least half as much as the best.
+    Raises CheckpointError when nothing matches, or when a second prefix matches at least half as much as the best and
+    the best leaves names over.
     """
     known, own = set(reference), set(stored)
     hits: Counter[tuple[str, str]] = Counter()
@@ -60,7 +61,8 @@ def align(reference: Collection[str], stored: Collection[str], label: str, again
             f"{label}: none of its {len(own)} tensor names matches {against} (for example '{min(own, default='')}' "
             f"against '{min(known, default='')}'); it is not a fine-tuned version of that base"
         )
-    if rest and rest[0][1] * 2 >= count and rest[0][1] > 1:
+    whole = count == len(own) and rest and rest[0][1] < count  # one tower's names, of which the other tower lacks some
+    if rest and rest[0][1] * 2 >= count and rest[0][1] > 1 and not whole:
         first, second = (_spell(prefixes) for prefixes in (best, rest[0][0]))
         raise CheckpointError(
             f"{label}: its names match {against} in two ways ({first}: {count} tensors, {second}: {rest[0][1]}); "

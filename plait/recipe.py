@@ -141,8 +141,10 @@ def _safe_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip(".") or "model"
 
 
-def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
-    """A Recipe from a YAML or JSON file, from a mapping, or as it is.
+def load_recipe(
+    source: str | os.PathLike[str] | Mapping[str, Any] | Recipe, defaults: Mapping[str, Any] | None = None
+) -> Recipe:
+    """A Recipe from a YAML or JSON file, from a mapping, or as it is. `defaults` are keys for a recipe without them.
 
     Raises RecipeError naming file, line, key and the nearest known key.
     """
@@ -151,12 +153,15 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     if isinstance(source, Mapping):
         # Through JSON, so that whatever a program hands over is plain data and nothing else.
         try:
-            located = Located(json.loads(json.dumps(dict(source))))
+            located = Located(json.loads(json.dumps({**(defaults or {}), **source})))
         except (TypeError, ValueError) as error:
             raise RecipeError(f"the recipe must be plain data (texts, numbers, lists, mappings): {error}") from None
         return _validate(located, Path.cwd())
     path = Path(source)
-    return _validate(yamlfile.parse_file(path), path.resolve().parent)
+    located = yamlfile.parse_file(path)
+    if defaults and isinstance(located.data, Mapping):
+        located.data = {**defaults, **located.data}
+    return _validate(located, path.resolve().parent)
 
 
 def _validate(located: Located, folder: Path) -> Recipe:

@@ -46,11 +46,11 @@ class Merged:
 class Silent:
     """Shows nothing."""
 
-    def stage(self, name: str, total: int) -> None:
+    def stage(self, name: str, total: int, unit: str = "bytes") -> None:
         """A stage begins."""
 
     def advance(self, count: int) -> None:
-        """So many more bytes are done."""
+        """So many more of them are done."""
 
 
 def merge(

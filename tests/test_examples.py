@@ -16,14 +16,18 @@ import yaml
 
 from plait import cli
 from plait.errors import RecipeError
+from plait.evaluate.sweep import parse_axis
 from plait.methods import all_methods
 from plait.methods.compose import method_of
 from plait.recipe import Recipe, load_recipe
 from plait.settings import Resolver
+from plait.suites.definition import read_suite, suite_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FILES = [path for suffix in ("yaml", "yml") for path in sorted((ROOT / "examples").rglob(f"*.{suffix}"))]
+YAMLS = [path for suffix in ("yaml", "yml") for path in sorted((ROOT / "examples").rglob(f"*.{suffix}"))]
+SUITES = [path for path in YAMLS if path.name == "suite.yaml"]
+FILES = [path for path in YAMLS if path not in SUITES]
 
 
 def blocks(text: str, *languages: str) -> list[str]:
@@ -36,7 +40,7 @@ def is_recipe(text: str) -> bool:
     """Whether a YAML block starts with a key of a recipe."""
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     key = re.match(r"([A-Za-z_]+):", lines[0]) if lines else None
-    return key is not None and key[1] in Recipe.model_fields
+    return key is not None and key[1] in Recipe.model_fields and "\ntasks:" not in text
 
 
 def check(data: Any) -> None:
@@ -102,12 +106,19 @@ def check_command(words: list[str]) -> None:
     assert verb in group.commands, f"plait has no verb {verb}"
     if "--help" in rest:
         return
-    given = group.commands[verb].make_context(verb, rest).params
+    given = {} if verb == "suite" else group.commands[verb].make_context(verb, rest).params
     if verb == "merge":
         keys = ("where", "method", "base", "expert", "settings", "dtype", "seed")
         recipe, _ = cli._recipe_and_out(*(given[key] for key in keys))
         if given["method"] is not None:
             check(recipe)
+    elif verb == "suite":
+        sub, *more = rest
+        group.commands[verb].commands[sub].make_context(sub, more)
+    elif verb == "sweep":
+        assert [parse_axis(text) for text in given["settings"] or []] or given["experts"]
+    elif verb in ("compare", "eval"):
+        assert given["suite"]
     elif verb in ("init", "methods"):
         name = given.get("method") or given.get("name")
         assert name is None or name in all_methods(), f"there is no method {name}"
@@ -119,6 +130,13 @@ BLOCKS = [
     if page.exists()
     for number, body in enumerate(blocks(page.read_text(), "yaml", "yml"))
     if is_recipe(body)
+]
+SUITE_BLOCKS = [
+    pytest.param(body, id=f"{page.name}-{number}")
+    for page in PAGES
+    if page.exists()
+    for number, body in enumerate(blocks(page.read_text(), "yaml", "yml"))
+    if re.search(r"^tasks:", body, re.MULTILINE)
 ]
 COMMANDS = [
     pytest.param(words, id=f"{page.name}-{' '.join(words)[:40]}")
@@ -139,6 +157,19 @@ def test_there_is_something_to_check() -> None:
     assert FILES
     assert BLOCKS
     assert COMMANDS
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.relative_to(ROOT / "examples").as_posix())
+def test_suites_of_the_examples(path: Path) -> None:
+    suite = read_suite(path)
+    for task, entry in suite.tasks.items():
+        assert Path(suite.place(entry.expert)).is_dir(), task
+        assert all(Path(suite.place(str(data.path))).is_file() for data in entry.data.values()), task
+
+
+@pytest.mark.parametrize("block", SUITE_BLOCKS)
+def test_suites_of_the_docs(block: str) -> None:
+    suite_of(yaml.safe_load(block))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT / "examples").as_posix())

@@ -23,7 +23,7 @@ METHODS = ["Block", "MergeMethod", "PerModel", "Range", "all_methods", "anchor_s
 
 # From left to right: a module imports from what stands before it only.
 ORDER = [
-    "errors", "units", "dtypes", "yamlfile", "recipe",
+    "errors", "units", "digests", "dtypes", "yamlfile", "recipe",
     "methods.stream", "methods.block", "methods.contract", "methods.memory",
     "methods.select", "methods.transforms", "methods.survey", "methods.combines", "methods.finishes",
     "methods.geodesic", "methods.others", "methods.presets", "methods", "methods.compose", "settings",
@@ -31,7 +31,16 @@ ORDER = [
     "sources.safetensors", "sources.torchfile", "sources.adapter", "sources.remapped", "sources",
     "tokens", "names", "layers", "renames", "experts", "vocabulary", "layout", "decide", "plan",
     "writer", "engine", "sidefiles", "card", "run",
-    "inspect", "progress", "show", "templates", "cli", "__main__",
+    "inspect", "progress", "show", "templates",
+    "suites.definition", "suites.places", "suites.data",
+    "models.families", "models.heads", "models.net", "models.answers", "models.zero_shot", "models",
+    "suites.bases", "suites.train", "suites.builtin", "suites.build", "suites",
+    "evaluate.results", "evaluate.cache", "evaluate.metrics", "evaluate.subjects",
+    "evaluate.measure", "evaluate.contenders", "evaluate.compare", "evaluate.sweep", "evaluate.tables",
+    "report.text", "report.boards", "report.figures", "report.marks", "report.inspected", "report.scores",
+    "report.vectors", "report.sweeps", "report.table", "report.cards", "report.provenance", "report.page", "report",
+    "evaluate.show", "evaluate",
+    "cli_measure", "cli", "__main__",
 ]  # fmt: skip
 CALLED_BACK = {("methods.contract", "methods.memory")}
 """A method that is called on tensors imports, in that moment, what runs it in memory."""

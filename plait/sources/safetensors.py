@@ -41,6 +41,7 @@ class Shard:
     """In the order of the data."""
     offsets: Mapping[str, int]
     """Tensor name → position in the file."""
+    metadata: Mapping[str, str]
 
 
 class SafetensorsSource:
@@ -79,6 +80,11 @@ class SafetensorsSource:
             buffer = values.view(torch.uint8).numpy().data
             files.fill(shard.descriptor, buffer, shard.offsets[name] + start * itemsize(spec.dtype), shard.path)
         return values
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the (first) file's header says beside the tensors."""
+        return self._shards[0].metadata
 
     def fingerprint(self) -> str:
         """SHA-256 of every header with samples of every file's data: cheap, and apart for experts of one layout."""
@@ -143,7 +149,7 @@ def open_shard(path: Path, descriptors: list[int]) -> Shard:
     if header[8:9] != b"{":
         raise CheckpointError(f"{path}: is not a safetensors file (no header object). Download the file again.")
     table = files.parse_object(header[8:], path, "the safetensors header")
-    _check_metadata(table.pop("__metadata__", None), path)
+    metadata = _metadata(table.pop("__metadata__", None), path)
     entries = sorted((_entry_of(name, entry, path) for name, entry in table.items()), key=lambda entry: entry[1:])
     end, last = 0, "the header"
     for spec, begin, stop in entries:
@@ -162,6 +168,7 @@ def open_shard(path: Path, descriptors: list[int]) -> Shard:
         header_hash=files.sha256(header),
         specs={spec.name: spec for spec, _, _ in entries},
         offsets={spec.name: 8 + length + begin for spec, begin, _ in entries},
+        metadata=metadata,
     )
 
 
@@ -185,11 +192,12 @@ def _header_length(descriptor: int, size: int, path: Path) -> int:
     return length
 
 
-def _check_metadata(metadata: object, path: Path) -> None:
+def _metadata(metadata: object, path: Path) -> Mapping[str, str]:
     if metadata is None:
-        return
+        return {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: '__metadata__' is not a table of strings. Save the file again.")
+    return metadata
 
 
 def _entry_of(name: str, entry: object, path: Path) -> tuple[TensorSpec, int, int]:

@@ -1,0 +1,1 @@
+"""Measuring models: metrics, intervals, comparisons, sweeps."""

@@ -1,0 +1,161 @@
+"""Several models on one suite: merges what has to be merged, measures everything, tests it against a baseline."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plait.errors import RecipeError, nearest
+from plait.evaluate.contenders import Contender, by_method, contender
+from plait.evaluate.measure import Bench
+from plait.evaluate.metrics import difference
+from plait.evaluate.results import Comparison, Difference, Evaluation, Row
+from plait.evaluate.subjects import Subject
+from plait.recipe import Recipe
+from plait.run import Merged, merge
+
+BASELINE = "task_arithmetic"
+STANDARDS = {"average": {}, "task_arithmetic": {"weight": 0.3}}
+"""0.3 is what the literature uses for eight vision tasks (arXiv:2212.04089)."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """What merging may use."""
+
+    memory: str = "512MB"
+    threads: int | None = None
+    device: str = "cpu"
+
+
+def compare(
+    specs: Sequence[str], bench: Bench, out: Path, *, baseline: str = BASELINE, means: Means | None = None
+) -> Comparison:
+    """Measure recipes, models and methods beside the experts, the base, averaging and task arithmetic.
+
+    Merged models are left in `out`/models. `baseline` is the label of the row that all others are tested against.
+    Raises RecipeError for a spec that means nothing, CheckpointError for files that do not fit.
+    """
+    suite, means = bench.suite, means or Means()
+    chosen = _with_standards([contender(spec, suite) for spec in specs], bench)
+    labels = ["experts", "base + heads", *(item.label for item in chosen)]
+    doubled = next((label for label in labels if labels.count(label) > 1), None)
+    if doubled is not None:
+        raise RecipeError(f"compare: two rows are called '{doubled}'; name one of them with label=…")
+    places: dict[str, Contender] = {}
+    for item in (item for item in chosen if item.recipe is not None):
+        other = places.setdefault(item.slug, item)
+        if other is not item:
+            raise RecipeError(
+                f"compare: '{other.label}' and '{item.label}' would both be written to models/{item.slug}; name one of "
+                "them with label=…"
+            )
+    if baseline not in labels:
+        raise RecipeError(f"compare: no row is called '{baseline}' to be the baseline{nearest(baseline, labels)}")
+    for item in chosen:
+        if item.recipe is not None:
+            check(item.recipe)
+    rows = [
+        _row("experts", "expert", bench.experts(), data="training data"),
+        _row("base + heads", "base", bench.evaluate(Subject.base(suite))),
+    ]
+    for item in chosen:
+        rows.append(_measured(item, bench, out / "models" / item.slug, means))
+    against = next(row.evaluation for row in rows if row.label == baseline)
+    return Comparison(
+        suite=bench.facts(),
+        baseline=baseline,
+        rows=[row.model_copy(update={"difference": _against(row, against)}) for row in rows],
+        inspection=inspection(bench, means),
+        machine=machine(),
+    )
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse now what would be refused after hours of other merges: a parameter, a model that does not fit."""
+    from plait.plan import make_plan
+
+    make_plan(recipe).library.close()
+
+
+def inspection(bench: Bench, means: Means) -> dict[str, Any]:
+    """The task vectors of the suite's experts: norms, cosines, agreement of signs."""
+    from plait.engine import Engine
+    from plait.inspect import inspect_plan
+    from plait.plan import make_plan
+    from plait.run import usable_threads
+    from plait.units import parse_bytes
+
+    plan = make_plan(by_method("task_arithmetic", bench.suite))
+    engine = Engine(
+        threads=means.threads or usable_threads(), memory=parse_bytes(means.memory, "memory"), device=means.device,
+        progress=bench.progress,
+    )  # fmt: skip
+    try:
+        return inspect_plan(plan, engine)
+    finally:
+        plan.library.close()
+
+
+def machine() -> str:
+    """Processor and number of cores, for whoever reads times."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _with_standards(chosen: list[Contender], bench: Bench) -> list[Contender]:
+    """Averaging and task arithmetic stand in every comparison, unless a row of that name was asked for."""
+    given = {item.label for item in chosen}
+    standards = [
+        Contender(method, by_method(method, bench.suite, parameters), None)
+        for method, parameters in STANDARDS.items()
+        if method not in given
+    ]
+    return [*standards, *chosen]
+
+
+def _measured(item: Contender, bench: Bench, folder: Path, means: Means) -> Row:
+    suite = bench.suite
+    if item.recipe is None:
+        assert item.model is not None
+        return _row(item.label, "model", bench.evaluate(Subject.model(suite, item.model, item.label)))
+    start = time.perf_counter()
+    merged = merge(
+        item.recipe, folder, memory=means.memory, threads=means.threads, device=means.device, overwrite=True,
+        progress=bench.progress,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    evaluation = bench.evaluate(Subject.model(suite, str(folder), item.label))
+    return _row(item.label, "merge", evaluation, merged, seconds)
+
+
+def _row(
+    label: str, kind: Any, evaluation: Evaluation, merged: Merged | None = None, seconds: float | None = None,
+    data: str = "none",
+) -> Row:  # fmt: skip
+    return Row(
+        label=label, kind=kind, evaluation=evaluation, merge_seconds=seconds, difference=None, data=data,
+        method=merged.plan.method.name if merged else None, recipe=merged.plan.recipe.canonical() if merged else None,
+    )  # fmt: skip
+
+
+def _against(row: Row, baseline: Evaluation) -> Difference | None:
+    if row.evaluation is baseline:
+        return None
+    ours, theirs = row.evaluation.tasks, baseline.tasks
+    return difference(
+        {task: result.predictions for task, result in ours.items()},
+        {task: result.predictions for task, result in theirs.items()},
+        {task: result.labels for task, result in ours.items()},
+        {task: result.metric for task, result in ours.items()},
+    )

@@ -1,0 +1,199 @@
+"""What an evaluation, a comparison and a sweep have found: the one schema in which results are stored and read.
+
+Scores are fractions (0.873, not 87.3). Every JSON file names its schema in its first key.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from plait.errors import CheckpointError
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Interval(_Data):
+    """A value and its 95 % interval by bootstrap over samples."""
+
+    value: float
+    low: float
+    high: float
+
+
+class ModelFacts(_Data):
+    """Which model was measured."""
+
+    label: str
+    path: str | None
+    fingerprint: str
+    """Over the content of its config and weights."""
+    parameters: int
+    bytes: int
+    """Size of its weight files."""
+
+
+class SuiteFacts(_Data):
+    """On what it was measured."""
+
+    name: str
+    tasks: list[str]
+    fingerprint: str
+    """Over every task's test inputs and labels."""
+
+
+class Protocol(_Data):
+    """How it was measured: whatever may change a number."""
+
+    batch_size: int
+    dtype: str
+    device: str
+    mixed_batches: bool = True
+    """Batches mix the samples of all tasks."""
+    task_id: Literal["head", "model"] = "head"
+    """What is chosen by a sample's task: only its head, or the whole model (experts)."""
+    seed: int = 0
+
+
+class TaskResult(_Data):
+    """One model on one task's test split."""
+
+    metric: str
+    """The task's main metric."""
+    score: Interval
+    metrics: dict[str, float]
+    """All metrics of the task, the main one among them."""
+    expert: float | None
+    """The main metric of this task's own expert."""
+    normalised: Interval | None
+    """score / expert. None where the expert's score is unknown or not above zero."""
+    samples: int
+    head: Literal["model", "suite", "expert", "none"]
+    """Whose head was used: the measured folder's own, the suite's, the expert's; none for answers in text."""
+    predictions: list[Any]
+    """Class index, number or text for every test sample, in the split's order."""
+    labels: list[Any]
+
+
+class Evaluation(_Data):
+    """One model on the tasks of a suite."""
+
+    schema_: Literal["plait.evaluation/1"] = Field(default="plait.evaluation/1", alias="schema")
+    model: ModelFacts
+    suite: SuiteFacts
+    protocol: Protocol
+    tasks: dict[str, TaskResult]
+    average: Interval
+    """Mean of the tasks' scores."""
+    normalised: Interval | None
+    """Mean of the tasks' normalised scores."""
+    seconds: float
+    samples_per_second: float
+    versions: dict[str, str]
+
+
+class Difference(_Data):
+    """A row's average minus the baseline's, paired by sample."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    """Two-sided, by randomly exchanging the two models' answers sample by sample."""
+
+
+class Row(_Data):
+    """One line of a comparison."""
+
+    label: str
+    kind: Literal["expert", "base", "merge", "model"]
+    method: str | None
+    recipe: dict[str, Any] | None
+    """The recipe that was merged, in canonical form."""
+    evaluation: Evaluation
+    merge_seconds: float | None
+    data: str
+    """What data the method saw: `none`, `unlabeled inputs`, …"""
+    difference: Difference | None
+    """Against the comparison's baseline; None for the baseline itself and where there is nothing to pair."""
+
+
+class Comparison(_Data):
+    """Several models on one suite."""
+
+    schema_: Literal["plait.comparison/1"] = Field(default="plait.comparison/1", alias="schema")
+    suite: SuiteFacts
+    baseline: str
+    """Label of the row that the others are tested against."""
+    rows: list[Row]
+    inspection: dict[str, Any] | None
+    """What `plait inspect` says of the experts (norms, cosines, agreement of signs; overall, by group, by tensor)."""
+    machine: str
+
+
+class Point(_Data):
+    """One merge of a sweep."""
+
+    settings: dict[str, Any]
+    """Recipe path → value, such as {"parameters.weight": 0.3}."""
+    experts: list[str]
+    """Tasks whose experts were merged; the others are unseen."""
+    seen: Interval
+    """Average normalised score over the merged tasks."""
+    unseen: Interval | None
+    """The same over the others, where the sweep measures them."""
+    scores: dict[str, float]
+    """Task → main metric."""
+    normalised: dict[str, float]
+    seconds: float
+
+
+class Sweep(_Data):
+    """A recipe over a grid of settings, or over subsets of the experts."""
+
+    schema_: Literal["plait.sweep/1"] = Field(default="plait.sweep/1", alias="schema")
+    suite: SuiteFacts
+    method: str
+    recipe: dict[str, Any]
+    axes: dict[str, list[Any]]
+    """Recipe path (or `experts`) → its values."""
+    points: list[Point]
+
+
+Result = Evaluation | Comparison | Sweep
+_KINDS: dict[str, type[Result]] = {
+    "plait.evaluation/1": Evaluation, "plait.comparison/1": Comparison, "plait.sweep/1": Sweep,
+}  # fmt: skip
+
+
+def dump(result: Result) -> str:
+    """JSON text of a result."""
+    return result.model_dump_json(by_alias=True, indent=1) + "\n"
+
+
+def load(path: str | os.PathLike[str]) -> Result:
+    """Read a result file. Raises CheckpointError when it is not one."""
+    import json
+
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise CheckpointError(f"{path}: is not JSON; give a file that plait eval, compare or sweep wrote") from None
+    kind = _KINDS.get(str(data.get("schema"))) if isinstance(data, dict) else None
+    if kind is None:
+        raise CheckpointError(
+            f"{path}: has no schema of ours ({', '.join(_KINDS)}); give a file that plait eval, compare or sweep wrote"
+        )
+    try:
+        return kind.model_validate(data)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -1,0 +1,242 @@
+"""What is measured: a model folder, an adapter, a suite's base or a task's expert, made ready to answer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from plait import digests
+from plait.errors import CheckpointError, RecipeError
+from plait.evaluate.results import ModelFacts
+from plait.models.families import family_of
+from plait.models.heads import Head, head_of, id2label_names, read_head
+from plait.models.net import Net, load_net, read_config
+from plait.sources import LowRankSource, open_source
+from plait.suites.definition import Suite
+from plait.suites.places import cache_folder
+
+Origin = Literal["model", "suite", "expert", "none"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure."""
+
+    batch_size: int = 64
+    dtype: str = "float32"
+    device: str = "cpu"
+    use_cache: bool = True
+    progress: Any = None
+
+
+@dataclass
+class Subject:
+    """One model under one label."""
+
+    suite: Suite
+    label: str
+    path: str | None
+    is_expert: bool = False
+    _folder: Path | None = field(default=None, repr=False)
+
+    @classmethod
+    def model(cls, suite: Suite, spec: str, label: str | None = None) -> Subject:
+        """A folder or hub id."""
+        return cls(suite, label or Path(spec).name or spec, spec)
+
+    @classmethod
+    def base(cls, suite: Suite) -> Subject:
+        """The suite's base, with the tasks' heads."""
+        return cls(suite, "base + heads", suite.place(suite.base))
+
+    @classmethod
+    def expert(cls, suite: Suite, task: str) -> Subject:
+        """A task's expert."""
+        return cls(suite, f"expert {task}", suite.place(suite.tasks[task].expert), is_expert=True)
+
+    @property
+    def folder(self) -> Path:
+        """A folder that transformers can load. An adapter is first put on the suite's base, in the cache."""
+        if self._folder is None:
+            assert self.path is not None
+            source = open_source(self.path)
+            adapter, folder = isinstance(source, LowRankSource), source.folder
+            source.close()
+            self._folder = self._whole(folder) if adapter else folder
+        return self._folder
+
+    def fingerprint(self, tasks: list[str]) -> str:
+        """Over the content of the model, and of the heads that it does not bring along."""
+        heads = {task: self._head_digest(task) for task in tasks}
+        return digests.digest([digests.folder_digest(self.folder), self._processor_digest(), heads])
+
+    def load(
+        self, tasks: list[str], classes: Mapping[str, list[str] | None], options: Options
+    ) -> tuple[Net, dict[str, Origin]]:
+        """The net with all heads it needs, and where each head came from."""
+        import torch
+
+        from plait.models.answers import AnswerNet
+
+        suite = self.suite
+        net = load_net(
+            self.folder, self.label, processor_from=base_folder(suite), pooling=pooling_of(suite),
+            max_length=suite.max_length, dtype=getattr(torch, options.dtype), device=options.device,
+        )  # fmt: skip
+        if net.family.answers != "head":
+            answering = AnswerNet(net.body, net.family, net.processor, net.pooling, net.max_length)
+            answering.answers = {task: _answers(suite, task, classes[task]) for task in tasks}
+            return answering, dict.fromkeys(tasks, "none")
+        found = {task: self._head(task, classes[task]) for task in tasks}
+        net.add_heads({task: head for task, (head, _) in found.items()}, classes)
+        return net, {task: origin for task, (_, origin) in found.items()}
+
+    def facts(self, net: Net) -> ModelFacts:
+        """The model in a result."""
+        return ModelFacts(
+            label=self.label, path=self.path, fingerprint=digests.folder_digest(self.folder),
+            parameters=sum(parameter.numel() for parameter in net.body.parameters()),
+            bytes=digests.weight_bytes(self.folder),
+        )  # fmt: skip
+
+    def _head(self, task: str, classes: list[str] | None) -> tuple[Head, Origin]:
+        own = self.folder / "heads" / f"{task}.safetensors"
+        if own.is_file():
+            return read_head(own), "expert" if self.is_expert else "model"
+        return suite_head(self.suite, task, classes), "expert" if self.is_expert else "suite"
+
+    def _head_digest(self, task: str) -> str:
+        own = self.folder / "heads" / f"{task}.safetensors"
+        entry = self.suite.tasks[task]
+        if own.is_file():
+            return "its own"
+        if entry.head is not None and entry.head != "zero_shot":
+            return digests.digest(head_file(self.suite, task).read_bytes().hex())
+        if entry.head == "zero_shot":
+            from plait.models.zero_shot import head_key
+
+            return head_key(self.suite, task, entry.classes)
+        return digests.folder_digest(source_folder(self.suite.place(entry.expert)))
+
+    def _processor_digest(self) -> str:
+        kinds = (".json", ".txt", ".model")
+        files = sorted(
+            path for path in base_folder(self.suite).iterdir() if path.suffix in kinds and path.name != "plait.json"
+        )
+        return digests.digest({path.name: path.read_bytes().hex() for path in files})
+
+    def _whole(self, adapter: Path) -> Path:
+        """The adapter on the suite's base: the merge of one expert, which is the expert."""
+        from plait.run import merge
+
+        base = base_folder(self.suite)
+        key = digests.digest([digests.folder_digest(adapter), digests.folder_digest(base)])
+        out = cache_folder() / "experts" / key
+        if not (out / "plait.json").is_file():
+            name = next((t for t in self.suite.tasks if self._is_expert_of(t)), "expert")
+            shutil.rmtree(out, ignore_errors=True)
+            merge(
+                {"merge_method": "task_arithmetic", "base_model": str(base), "parameters": {"weight": 1.0},
+                 "models": [{"model": str(adapter), "name": name}], "dtype": "float32"},
+                out,
+            )  # fmt: skip
+        return out
+
+    def _is_expert_of(self, task: str) -> bool:
+        return self.suite.place(self.suite.tasks[task].expert) == self.suite.place(self.path or "")
+
+
+def base_folder(suite: Suite) -> Path:
+    """The local folder of a suite's base."""
+    return source_folder(suite.place(suite.base))
+
+
+def pooling_of(suite: Suite) -> Any:
+    """What text heads read: as the suite says, else as the experts' architecture does."""
+    if suite.pooling is not None:
+        return suite.pooling
+    folder = source_folder(suite.place(next(iter(suite.tasks.values())).expert))
+    if not (folder / "config.json").is_file():
+        folder = base_folder(suite)
+    config = read_config(folder, str(folder))
+    return family_of(config, str(folder)).pooling(config)
+
+
+def suite_head(suite: Suite, task: str, classes: list[str] | None) -> Head:
+    """A task's head as the suite has it: its own file, zero-shot from the text tower, or the expert's."""
+    entry = suite.tasks[task]
+    if entry.head == "zero_shot":
+        from plait.models.zero_shot import zero_shot_head
+
+        return zero_shot_head(suite, task, classes)
+    if entry.head is not None:
+        return read_head(head_file(suite, task))
+    return expert_head(suite, task)
+
+
+def head_file(suite: Suite, task: str) -> Path:
+    """The file that a task's `head:` names."""
+    path = Path(suite.place(suite.tasks[task].head or ""))
+    if not path.is_file():
+        raise RecipeError(
+            f"{suite.where('tasks', task, 'head')}: no such file: {path}; give a safetensors file, seen from the "
+            "suite's folder, or zero_shot"
+        )
+    return path
+
+
+def expert_head(suite: Suite, task: str) -> Head:
+    """The tensors that only the task's expert has."""
+    from plait.plan import make_plan
+    from plait.recipe import load_recipe
+
+    part = suite.only([task])
+    plan = make_plan(load_recipe(part.recipe("task_arithmetic")))
+    try:
+        items = plan.heads.get(task)
+        if not items:
+            raise CheckpointError(
+                f"{suite.where('tasks', task)}: the expert {suite.tasks[task].expert} brings no head of its own; "
+                "name the head's file with head:"
+            )
+        tensors = {i.stored: i.read(0, _numel(i.shape)).reshape(i.shape).clone() for i in items}
+        labels = next(model for model in plan.models if model.name == task).labels
+        return head_of(tensors, suite.place(suite.tasks[task].expert), id2label_names(labels))
+    finally:
+        plan.library.close()
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _answers(suite: Suite, task: str, classes: list[str] | None) -> list[str]:
+    entry = suite.tasks[task]
+    found = entry.answers or classes
+    if found is None and "exact_match" not in entry.metrics:
+        raise RecipeError(
+            f"{suite.where('tasks', task)}: a model that answers in text needs the possible answers; add answers:, or "
+            "metrics: [exact_match]"
+        )
+    return found or []
+
+
+def source_folder(spec: str) -> Path:
+    """The local folder of a model."""
+    source = open_source(spec)
+    try:
+        return source.folder
+    finally:
+        source.close()
+
+
+def family_name(suite: Suite) -> str:
+    """The family of a suite's base."""
+    folder = base_folder(suite)
+    return family_of(read_config(folder, suite.base), suite.base).name

@@ -1,0 +1,113 @@
+"""A task's head: the few tensors that turn features into class scores. Its kind is read off the tensors' names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, normalize
+
+from plait.errors import CheckpointError
+from plait.sources import SafetensorsSource
+
+_KNOWN = "classifier, score, head, fc, classifier.dense + classifier.out_proj, or text_embeddings"
+
+
+@dataclass(frozen=True)
+class Head:
+    """Tensors by their plain names (float32 unless moved), and the class names that go with the outputs."""
+
+    tensors: Mapping[str, Tensor]
+    origin: str
+    """File or model, for messages."""
+    names: list[str] | None = None
+    order: list[int] | None = field(default=None)
+    """Output index of every class of the task, where the head counts them in another order."""
+
+    @property
+    def width(self) -> int:
+        """Features that it reads."""
+        return self._last("visual_projection.weight", "dense.weight", "weight").shape[1]
+
+    @property
+    def outputs(self) -> int:
+        """Class scores that it gives."""
+        return self._last("text_embeddings", "out_proj.weight", "weight").shape[0]
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """[n, width] → [n, classes], differentiable in the features."""
+        t = self.tensors
+        if "text_embeddings" in t:  # zero-shot: cosine with every class's text, times the learned temperature
+            image = normalize(linear(features, t["visual_projection.weight"]), dim=-1)
+            scores = t["logit_scale"].exp() * image @ t["text_embeddings"].T
+        elif "out_proj.weight" in t:  # RobertaClassificationHead
+            inner = torch.tanh(linear(features, t["dense.weight"], t.get("dense.bias")))
+            scores = linear(inner, t["out_proj.weight"], t.get("out_proj.bias"))
+        else:
+            scores = linear(features, t["weight"], t.get("bias"))
+        return scores if self.order is None else scores[:, self.order]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Head:
+        """The same head elsewhere."""
+        moved = {name: value.to(device=device, dtype=dtype) for name, value in self.tensors.items()}
+        return Head(moved, self.origin, self.names, self.order)
+
+    def fit(self, width: int, classes: list[str] | None, task: str) -> Head:
+        """The head for a task's classes on features of this width. Raises CheckpointError where it does not fit."""
+        if self.width != width:
+            raise CheckpointError(
+                f"{self.origin}: the head of {task} reads {self.width} features, but the model gives {width}; "
+                "it belongs to another base, or to another pooling"
+            )
+        if classes is not None and self.outputs != len(classes) and self.outputs != 1:
+            raise CheckpointError(
+                f"{self.origin}: the head of {task} has {self.outputs} outputs, but the task has {len(classes)} "
+                "classes; check head: and classes: of the suite"
+            )
+        if classes is None or self.names is None or self.names == classes or set(self.names) != set(classes):
+            return self
+        return Head(self.tensors, self.origin, classes, [self.names.index(name) for name in classes])
+
+    def _last(self, *names: str) -> Tensor:
+        return next(self.tensors[name] for name in names if name in self.tensors)
+
+
+def head_of(tensors: Mapping[str, Tensor], origin: str, names: list[str] | None = None) -> Head:
+    """A head from tensors as checkpoints name them (`classifier.weight`, `score.weight`, …)."""
+    plain: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        short = name
+        for prefix in ("base_model.model.", "classifier.", "score.", "head.", "fc.", "lm_head."):
+            short = short.removeprefix(prefix)
+        plain[short] = value.detach().to(torch.float32)
+    kinds = ({"weight"}, {"dense.weight", "out_proj.weight"},
+             {"visual_projection.weight", "text_embeddings", "logit_scale"})  # fmt: skip
+    if not any(kind <= set(plain) for kind in kinds):
+        raise CheckpointError(f"{origin}: its tensors ({', '.join(sorted(tensors))}) are no head: needs {_KNOWN}")
+    return Head(plain, origin, names)
+
+
+def read_head(path: Path) -> Head:
+    """A head from a safetensors file; class names from `id2label` in its metadata."""
+    source = SafetensorsSource(path, str(path))
+    try:
+        tensors = {s.name: source.read(s.name, 0, s.numel).reshape(s.shape).clone() for s in source.specs.values()}
+        return head_of(tensors, str(path), id2label_names(source.metadata.get("id2label")))
+    finally:
+        source.close()
+
+
+def id2label_names(labels: str | Mapping[str, str] | None) -> list[str] | None:
+    """Class names in order, unless they are the meaningless LABEL_0, LABEL_1, …"""
+    if labels is None:
+        return None
+    try:
+        found = json.loads(labels) if isinstance(labels, str) else labels
+        names = [str(found[str(index)]) for index in range(len(found))]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return None if all(name == f"LABEL_{index}" for index, name in enumerate(names)) else names

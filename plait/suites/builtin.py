@@ -1,0 +1,72 @@
+"""The suites that `plait suite build` makes: where base and data come from, and how every expert is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from plait.suites import bases
+from plait.suites.train import Settings
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a suite is made."""
+
+    title: str
+    data: str
+    """Folder of the data that is committed with the source."""
+    base: Callable[[Path], None]
+    """Writes the base model to a folder."""
+    tasks: dict[str, Settings]
+    max_length: int = 512
+    pooling: str | None = None
+
+
+# The lower half stays the base's. Trained in whole, experts lost what the base knew, and merges fell below it (LOG.md).
+_UPPER = Settings(
+    steps=100, lr=1e-4, batch_size=64, shots=20, probe_c=0.02,
+    frozen=("embeddings.", *(f"encoder.layer.{layer}." for layer in range(6))),
+)  # fmt: skip
+_VISION = {
+    "mnist": _UPPER,
+    "fashion": replace(_UPPER, steps=120),
+    "textures": replace(_UPPER, steps=120),
+    "scripts": replace(_UPPER, steps=200),
+    "devanagari": _UPPER,
+    "khmer": _UPPER,
+    "chess": _UPPER,
+    "flags": _UPPER,
+}
+# One example a class, and high rates: with better heads and shorter task vectors these tasks hardly interfere (LOG.md).
+_SHORT = Settings(
+    steps=110, lr=5e-4, batch_size=32, shots=1, probe_c=0.1, standardise=True, frozen=("embeddings.", "pooler.")
+)
+_TEXT = {
+    "debsection": replace(_SHORT, steps=130),
+    "spam": _SHORT,
+    "langid": _SHORT,
+    "wordnet": replace(_SHORT, steps=140),
+    "codelang": _SHORT,
+    "pos": _SHORT,
+}
+
+
+def _co_trained(tasks: dict[str, Settings], times: float) -> dict[str, Settings]:
+    return {task: replace(settings, head_lr=times * settings.lr) for task, settings in tasks.items()}
+
+
+RECIPES = {
+    "vision": Recipe("DINOv2 ViT-S/14, eight kinds of small images", "vision", bases.dinov2_small, _VISION),
+    "vision-hard": Recipe(
+        "the same, with heads trained along with the experts", "vision", bases.dinov2_small, _co_trained(_VISION, 10)
+    ),
+    "text": Recipe(
+        "all-MiniLM-L6-v2, short texts", "text", bases.minilm_l6, _TEXT, max_length=32, pooling="mean"
+    ),
+    "text-hard": Recipe(
+        "the same, with heads trained along with the experts", "text", bases.minilm_l6, _co_trained(_TEXT, 20),
+        max_length=32, pooling="mean",
+    ),
+}  # fmt: skip
