@@ -44,7 +44,10 @@ class Engine:
 
     def __init__(self, *, threads: int, memory: int, device: str, progress: Progress) -> None:
         self.threads, self.memory, self.progress = threads, memory, progress
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except RuntimeError:
+            raise MachineError(f"--device {device}: torch knows no such device; use cpu, cuda or cuda:1") from None
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise MachineError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
         self._free = memory

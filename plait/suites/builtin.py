@@ -34,9 +34,9 @@ _VISION = {
     "fashion": replace(_UPPER, steps=120),
     "textures": replace(_UPPER, steps=120),
     "scripts": replace(_UPPER, steps=200),
-    "devanagari": _UPPER,
-    "khmer": _UPPER,
-    "chess": _UPPER,
+    "devanagari": replace(_UPPER, steps=150),
+    "khmer": replace(_UPPER, steps=170),
+    "chess": replace(_UPPER, steps=130),
     "flags": _UPPER,
 }
 # One example a class, and high rates: with better heads and shorter task vectors these tasks hardly interfere (LOG.md).
