@@ -121,7 +121,7 @@ def compare(
         bench = Bench(chosen, show.options(batch_size, dtype, device, no_cache, shown))
         found = run(specs or [], bench, folder, baseline=baseline, means=Means(memory=memory, device=device))
         written = show.write_comparison(found, folder)
-    show.emit_text(results.dump(found), as_json, lambda: show.comparison_text(tables.comparison_table(found), written))
+    show.emit_text(results.dump(found), as_json, lambda: show.tables_text(tables.comparison_tables(found), written))
 
 
 def sweep(
@@ -164,7 +164,7 @@ def sweep(
             item, axes, bench, folder, sizes=sizes, subsets=subsets, means=Means(memory=memory, device=device)
         )  # fmt: skip
         written = show.write_sweep(found, folder)
-    show.emit_text(results.dump(found), as_json, lambda: show.comparison_text(tables.sweep_table(found), written))
+    show.emit_text(results.dump(found), as_json, lambda: show.tables_text([tables.sweep_table(found)], written))
 
 
 def report(

@@ -21,7 +21,7 @@ from plait.evaluate.contenders import contender
 from plait.evaluate.measure import Bench, Options
 from plait.evaluate.show import console, write_comparison, write_sweep
 from plait.evaluate.sweep import sweep
-from plait.evaluate.tables import comparison_table, sweep_table
+from plait.evaluate.tables import comparison_tables, sweep_table
 from plait.report import write_report
 from plait.suites.bases import dinov2_small
 from plait.suites.places import load_suite
@@ -50,8 +50,9 @@ def main() -> int:
     write_sweep(weights, OUT / "sweep")
     page = write_report([compared, weights], OUT / "report.html", title="Plait: five experts in one DINOv2")
     out = console()
-    out.print(comparison_table(compared))
-    out.print(sweep_table(weights))
+    for table in [*comparison_tables(compared), sweep_table(weights)]:
+        out.print(table)
+        out.print()
     out.print(f"\n{len(recipes)} recipes merged and measured, {time.perf_counter() - start:.0f} s in all")
     out.print(f"models: {OUT / 'comparison' / 'models'}\nreport: {page}")
     return 0

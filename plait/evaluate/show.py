@@ -21,8 +21,8 @@ from plait.suites.data import check_disjoint, load_split
 from plait.suites.definition import Suite
 from plait.suites.places import PACKAGED, suite_folder
 
-__all__ = ["comparison_text", "console", "emit", "emit_text", "options", "sizes", "suite_data", "suite_text",
-           "suites_data", "suites_text", "write_comparison", "write_sweep"]  # fmt: skip
+__all__ = ["console", "emit", "emit_text", "options", "sizes", "suite_data", "suite_text", "suites_data",
+           "suites_text", "tables_text", "write_comparison", "write_sweep"]  # fmt: skip
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -130,10 +130,12 @@ def write_sweep(found: Sweep, folder: Path) -> list[Path]:
     return [_write(folder / "sweep.json", dump(found)), write_report([found], folder / "report.html")]
 
 
-def comparison_text(table: Table, written: list[Path]) -> None:
-    """A table and where its files are."""
+def tables_text(shown: list[Table], written: list[Path]) -> None:
+    """Tables, and where their files are."""
     made = console()
-    made.print(table)
+    for table in shown:
+        made.print(table)
+        made.print()
     for path in written:
         made.print(f"  {path}", style="dim")
 

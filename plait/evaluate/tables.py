@@ -19,6 +19,8 @@ _FOOT = (
     "*: differs from {baseline} with p < 0.05 (paired); task id: what it chooses, the head alone or the model"
 )
 
+_STYLES = {"expert": "dim", "base": "dim"}
+
 
 def comparison_rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and cells of a comparison."""
@@ -27,20 +29,22 @@ def comparison_rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
     return header, [_cells(row, tasks) for row in found.rows]
 
 
-def comparison_table(found: Comparison) -> Table:
-    """A comparison for the terminal; the best merged model of every column is bold."""
+def comparison_tables(found: Comparison) -> list[Table]:
+    """A comparison for the terminal: scores, the best merged model of every column bold; then what each model cost."""
     header, rows = comparison_rows(found)
-    table = Table(box=None, header_style="bold", title=f"{found.suite.name}: test scores, %")
-    for place, name in enumerate(header):
-        table.add_column(escape(name), justify="left" if place == 0 else "right", no_wrap=place == 0)
+    scores = len(found.suite.tasks) + 4
     best = _best(found)
-    for at, (row, cells) in enumerate(zip(found.rows, rows, strict=True)):
-        shown = [
-            f"[bold]{escape(cell)}[/]" if (at, column) in best else escape(cell) for column, cell in enumerate(cells)
-        ]
-        table.add_row(*shown, style="dim" if row.kind in ("expert", "base") else "")
-    table.caption = _FOOT.format(baseline=escape(found.baseline))
-    return table
+    made = [Table(box=None, header_style="bold", title=f"{escape(found.suite.name)}: test scores, %")]
+    made.append(Table(box=None, header_style="bold", title="what it took", min_width=60))
+    made[0].caption = _FOOT.format(baseline=escape(found.baseline))
+    for table, columns in zip(made, (range(scores), [0, *range(scores, len(header))]), strict=True):
+        for column in columns:  # long names of tasks are folded where the terminal is narrow, and nothing else
+            align, task = "right" if column else "left", 0 < column <= len(found.suite.tasks)
+            table.add_column(escape(header[column]), justify=align, no_wrap=not task, overflow="fold")
+        for at, (row, cells) in enumerate(zip(found.rows, rows, strict=True)):
+            shown = [f"[bold]{escape(cells[c])}[/]" if (at, c) in best else escape(cells[c]) for c in columns]
+            table.add_row(*shown, style=_STYLES.get(row.kind, ""))
+    return made
 
 
 def comparison_markdown(found: Comparison) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -127,12 +128,13 @@ class Split:
     def _image(self, value: Any, row: int) -> Any:
         from PIL import Image
 
+        content = self._bytes(value, row)
         try:
-            with Image.open(io.BytesIO(self._bytes(value, row))) as image:
+            with Image.open(io.BytesIO(content)) as image:
                 return image.convert("RGB")
         except Exception as error:
             raise CheckpointError(
-                f"{self.where}: row {row}: the image cannot be decoded ({_first_line(error)}); remove or replace it"
+                f"{self.where}: row {row}: the image cannot be decoded ({type(error).__name__}); remove or replace it"
             ) from None
 
     def _bytes(self, value: Any, row: int) -> bytes:
@@ -143,7 +145,9 @@ class Split:
         try:
             return Path(value["path"]).read_bytes()
         except OSError as error:
-            raise CheckpointError(f"{value['path']}: cannot be read: {error.strerror}") from None
+            raise CheckpointError(
+                f"{self.where}: row {row}: {value['path']} cannot be read: {error.strerror}; bring the file back"
+            ) from None
 
     def _text(self, value: Any, row: int, column: str) -> str:
         if not isinstance(value, str):
@@ -180,6 +184,7 @@ def _read(suite: Suite, entry: DataEntry) -> Any:
     from plait.suites.places import cache_folder
 
     datasets.utils.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what cannot be read we say ourselves
     cache = str(cache_folder() / "datasets")
     options: dict[str, Any] = {"cache_dir": cache, "split": entry.split or "train"}
     try:
@@ -205,7 +210,9 @@ def _read(suite: Suite, entry: DataEntry) -> Any:
     except Exception as error:
         if "corresponds to no data" in str(error):
             raise CheckpointError(_NO_ROWS.format(where=entry.where)) from None
-        raise CheckpointError(f"{entry.where}: cannot be read: {_cause(error)}") from None
+        raise CheckpointError(
+            f"{entry.where}: cannot be read: {_cause(error)} (is it whole, and of the kind its name says?)"
+        ) from None
 
 
 def _read_folder(path: Path, options: dict[str, Any]) -> Any:
