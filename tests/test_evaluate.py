@@ -303,11 +303,27 @@ def test_an_expert_that_scores_nothing_normalises_nothing(
 ) -> None:
     result = bench.expert("tone")
     zero = result.model_copy(update={"score": interval(0.0, np.zeros(10))})
-    monkeypatch.setitem(bench._experts, "tone", zero)
+    whole = bench._experts["tone"]
+    monkeypatch.setitem(bench._experts, "tone", whole.model_copy(update={"tasks": {"tone": zero}}))
     found = bench.evaluate(Subject.base(mini.suite))
     assert found.tasks["tone"].normalised is None
     assert found.tasks["pair"].normalised is not None
     assert found.normalised is None
+
+
+def test_an_expert_is_run_once_without_the_cache(mini: MiniSuite, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+    run = Bench._run
+
+    def counted(self: Bench, subject: Subject, *rest: Any) -> Any:
+        runs.append(subject.label)
+        return run(self, subject, *rest)
+
+    monkeypatch.setattr(Bench, "_run", counted)
+    bench = Bench(mini.suite, Options(use_cache=False))
+    bench.experts()
+    bench.evaluate(Subject.base(mini.suite))
+    assert sorted(runs) == sorted(["base + heads", *(f"expert {task}" for task in mini.suite.tasks)])
 
 
 def test_the_order_of_tasks_changes_no_task(mini: MiniSuite, bench: Bench) -> None:

@@ -37,7 +37,7 @@ class Bench:
             splits = {name: load_split(suite, task, name) for name in entry.data if name != "train"}
             check_disjoint(task, splits)
             self.splits[task] = splits["test"]
-        self._experts: dict[str, TaskResult] = {}
+        self._experts: dict[str, Evaluation] = {}
 
     def facts(self, tasks: list[str] | None = None) -> SuiteFacts:
         """The suite in a result."""
@@ -58,7 +58,7 @@ class Bench:
     def experts(self) -> Evaluation:
         """Every task's own expert, as one evaluation: the upper bound."""
         results = {task: self.expert(task) for task in self.suite.tasks}
-        parts = [self._expert_evaluation(task) for task in self.suite.tasks]
+        parts = [self._experts[task] for task in self.suite.tasks]
         facts = ModelFacts(
             label="experts", path=None, fingerprint=digests.digest([part.model.fingerprint for part in parts]),
             parameters=sum(part.model.parameters for part in parts), bytes=sum(part.model.bytes for part in parts),
@@ -75,15 +75,12 @@ class Bench:
     def expert(self, task: str) -> TaskResult:
         """The task's own expert on its test split."""
         if task not in self._experts:
-            self._experts[task] = self._expert_evaluation(task).tasks[task]
-        return self._experts[task]
+            self._experts[task] = self._assemble(Subject.expert(self.suite, task), [task], {})
+        return self._experts[task].tasks[task]
 
     def ratio(self, task: str, result: TaskResult) -> np.ndarray:
         """Bootstrap draws of a task's normalised score."""
         return _ratio(task, result, self.expert(task))
-
-    def _expert_evaluation(self, task: str) -> Evaluation:
-        return self._assemble(Subject.expert(self.suite, task), [task], {})
 
     def _protocol(self, task_id: Literal["head", "model"]) -> Protocol:
         options = self.options

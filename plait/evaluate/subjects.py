@@ -14,7 +14,7 @@ from plait.evaluate.results import ModelFacts
 from plait.models.families import family_of
 from plait.models.heads import Head, head_of, id2label_names, read_head
 from plait.models.net import Net, load_net, read_config
-from plait.sources import LowRankSource, open_source
+from plait.sources import LowRankSource, TensorSpec, open_source
 from plait.suites.definition import Suite
 from plait.suites.places import cache_folder
 
@@ -202,18 +202,13 @@ def expert_head(suite: Suite, task: str) -> Head:
                 f"{suite.where('tasks', task)}: the expert {suite.tasks[task].expert} brings no head of its own; "
                 "name the head's file with head:"
             )
-        tensors = {i.stored: i.read(0, _numel(i.shape)).reshape(i.shape).clone() for i in items}
+        tensors = {
+            i.stored: i.read(0, TensorSpec(i.stored, i.shape, i.dtype).numel).reshape(i.shape).clone() for i in items
+        }
         labels = next(model for model in plan.models if model.name == task).labels
         return head_of(tensors, suite.place(suite.tasks[task].expert), id2label_names(labels))
     finally:
         plan.library.close()
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _answers(suite: Suite, task: str, classes: list[str] | None) -> list[str]:
