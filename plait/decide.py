@@ -60,11 +60,16 @@ class TensorPlan:
         return sum(item.nbytes for item in self.inputs) + (self.base.nbytes if self.base else 0)
 
     def working_bytes(self) -> int:
-        """Memory of the job: the buffers of one piece, which a method holds about four times per expert."""
+        """Memory of the job: the buffers of one piece, which a method holds about four times per expert.
+
+        Methods that see a whole matrix work on it in float64, beside its task vectors: up to six times, measured.
+        """
         if self.action == "copy":
             return 1 << 22
         wide = 8 if "F64" in {item.dtype for item in self.inputs} else 4
-        return min(self.grid.unit, max(self.grid.numel, 1)) * wide * (4 * len(self.inputs) + 6)
+        count = len(self.inputs)
+        buffers = 6 * count + 28 if self.scope == "tensor" else 4 * count + 6
+        return min(self.grid.unit, max(self.grid.numel, 1)) * wide * buffers
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,7 @@ class Planner:
             base=base,
             keywords=keywords,
             depth=depth,
-            scope=self.method.scope_for(keywords),
+            scope=self.method.scope_for(keywords, key, first.shape),
             key=key,
         )
 

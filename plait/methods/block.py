@@ -37,6 +37,8 @@ class Block:
     seed: int = 0
     state: Any = None
     """What the method's survey of the whole model found, if it has one."""
+    learned: Any = None
+    """What was learned before, for methods that learn (`plait.state.State`)."""
     _held: tuple[int, torch.Tensor] | None = field(default=None, repr=False)
 
     @classmethod
@@ -124,11 +126,15 @@ class Block:
         return result
 
     def uniform(self, k: int, piece: Piece) -> torch.Tensor:
-        """Uniform float32 numbers in [0, 1) for expert k, a function of (seed, tensor, task, position) alone.
+        """Uniform float32 numbers in [0, 1) for expert k, a function of (seed, tensor, task, position) alone."""
+        return self.draw(self.tasks[k], piece)
+
+    def draw(self, purpose: str, piece: Piece) -> torch.Tensor:
+        """Uniform float32 numbers in [0, 1), a function of (seed, tensor, purpose, position) alone.
 
         Philox 4×64 in counter mode: position p uses 32 of the 256 bits of counter p // 8, and keeps 24 of them.
         """
-        identity = f"{self.seed}\0{self.name}\0{self.tasks[k]}".encode()
+        identity = f"{self.seed}\0{self.name}\0{purpose}".encode()
         key = int.from_bytes(hashlib.blake2b(identity, digest_size=16).digest(), "little")
         first = piece.start // 8
         words = np.random.Philox(key=key, counter=first).random_raw(4 * (-(-piece.stop // 8) - first))

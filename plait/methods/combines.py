@@ -11,7 +11,7 @@ import torch
 from plait.methods.block import Block, per_model
 from plait.methods.contract import PerModel
 from plait.methods.stream import Stream
-from plait.methods.transforms import fold
+from plait.methods.transforms import elected_sign, fold
 
 
 def sum_(block: Block, vectors: Stream, *, weight: PerModel[float] = 1.0, normalize: bool = False) -> Stream:
@@ -35,7 +35,7 @@ def elect(block: Block, vectors: Stream, *, weight: PerModel[float] = 1.0, norma
     majority sign of the whole model (the authors' code).
     """
     weights = per_model(weight, len(block.tasks))
-    zero_is_positive = block.state is None or block.state.majority >= 0
+    zero_is_positive = getattr(block.state, "majority", 1) >= 0
 
     def merge(values: torch.Tensor) -> torch.Tensor:
         scales = column(weights, values)
@@ -70,14 +70,6 @@ def sce(block: Block, vectors: Stream) -> Stream:
         return fold(agreeing * scales) * sign / fold(torch.sign(agreeing) * scales).clamp(min=1e-6)
 
     return vectors.map(merge)
-
-
-def elected_sign(values: torch.Tensor, zero_is_positive: bool = True) -> torch.Tensor:
-    """[K, n] → [n]: +1 or −1, the sign of the sum over the experts."""
-    total = fold(values)
-    sign = torch.copysign(torch.ones_like(total), total)
-    # A sum that cancels is +0; −0 only comes of entries that are all −0, which count for nothing either way.
-    return sign if zero_is_positive else sign.masked_fill_(total == 0, -1)
 
 
 def column(weights: list[float], values: torch.Tensor) -> torch.Tensor:

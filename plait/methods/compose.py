@@ -4,8 +4,9 @@
     combine: {elect: {normalize: false}}
     finish: [{scale: {lambda: 0.4}}]
 
-A stage's parameters may also stand wherever a recipe has parameters (per model, with gradients and filters), under
-their own name, or as `stage.name` where two stages share it.
+Finishes may also follow a method by name, which is then the first stage. A stage's parameters may also stand wherever a
+recipe has parameters (per model, with gradients and filters), under their own name, or as `stage.name` where two stages
+share it.
 """
 
 from __future__ import annotations
@@ -16,18 +17,32 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from plait.errors import RecipeError, nearest
-from plait.methods import combines, finishes, geodesic, transforms
+from plait.methods import combines, finishes, geodesic, learned, spectral, transforms
+from plait.methods.awd import diagnostics, subtract, survey_awd
 from plait.methods.block import Block
-from plait.methods.contract import MergeMethod, Parameter, get_method, parameters_of
+from plait.methods.contract import Learned, MergeMethod, Parameter, get_method, parameters_of
+from plait.methods.knots import aligned
+from plait.methods.matrices import is_matrix
 from plait.methods.stream import Stream
 from plait.methods.survey import Model, survey_trim
+from plait.methods.wudi import is_linear, least_interference
 from plait.recipe import Recipe
 
+_ON_TASK_VECTORS = {**spectral.COMBINES, "wudi": least_interference, "knots": aligned}
 _STAGES: dict[str, Mapping[str, Callable[..., Stream]]] = {
-    "transforms": transforms.TRANSFORMS,
-    "combine": {**combines.COMBINES, **geodesic.COMBINES},
+    "transforms": {**transforms.TRANSFORMS, "awd": subtract, "tsv": spectral.singular_parts},
+    "combine": {**combines.COMBINES, **geodesic.COMBINES, **_ON_TASK_VECTORS, **learned.COMBINES},
     "finish": finishes.FINISHES,
 }
+_WHOLE: Mapping[str, Callable[[str, tuple[int, ...]], bool]] = {
+    **dict.fromkeys(_ON_TASK_VECTORS, is_matrix),
+    "wudi": is_linear,
+    "svc": is_matrix,
+    "tsv": is_matrix,
+}
+"""Stages that need some tensors in one piece."""
+_SURVEYS: Mapping[str, Callable[[Model], Any]] = {"trim": survey_trim, "awd": survey_awd}
+"""Transforms that look at the whole model first. They see the task vectors as they are, so they must be first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +51,7 @@ class _Stage:
     name: str
     fn: Callable[..., Stream]
     parameters: Mapping[str, Parameter]
+    whole_if: Callable[[str, tuple[int, ...]], bool] | None = None
 
     def prefix(self) -> str:
         return f"{self.name}__"
@@ -47,10 +63,16 @@ class _Stage:
 
 def method_of(recipe: Recipe) -> tuple[MergeMethod, Recipe]:
     """The recipe's method, and the recipe with the stages' own parameters moved to where all parameters are."""
-    if recipe.merge_method is not None:
-        return get_method(recipe.merge_method), recipe
-    stages, inline = [], {}
-    listed = [*(("transforms", i, item) for i, item in enumerate(recipe.transforms)), ("combine", None, recipe.combine)]
+    named = get_method(recipe.merge_method) if recipe.merge_method is not None else None
+    if named is not None and not recipe.finish:
+        return named, recipe
+    stages, inline, listed = [], {}, []
+    if named is not None:
+        stages.append(_named(named, recipe))
+        inline[named.name] = {}
+    else:
+        listed += [("transforms", i, item) for i, item in enumerate(recipe.transforms)]
+        listed.append(("combine", None, recipe.combine))
     listed += [("finish", i, item) for i, item in enumerate(recipe.finish)]
     for kind, index, item in listed:
         where = recipe.where(kind) if index is None else recipe.where(kind, index)
@@ -68,8 +90,22 @@ def method_of(recipe: Recipe) -> tuple[MergeMethod, Recipe]:
             parameters[public] = dataclasses.replace(parameter, name=public, keyword=stage.prefix() + parameter.keyword)
             if name in inline[stage.name]:
                 settings[public] = inline[stage.name][name]
-    method = _method(recipe, stages, parameters)
+    method = _method(recipe, stages, parameters, named)
     return method, recipe.model_copy(update={"parameters": {**settings, **recipe.parameters}})
+
+
+def _named(method: MergeMethod, recipe: Recipe) -> _Stage:
+    """A whole method as the first stage: what it adds to the base."""
+    where = recipe.where("finish")
+    if method.base == "unused":
+        raise RecipeError(f"{where}: {method.name} merges weights, not task vectors; give combine instead of it")
+    if method.learned is not None:
+        raise RecipeError(f"{where}: {method.name} learns, and would not see what follows; remove finish")
+
+    def added(block: Block, _: Stream, **keywords: Any) -> Stream:
+        return method.fn(block, **keywords).map(lambda merged, base: merged - base, block.base)
+
+    return _Stage("merge_method", method.name, added, method.parameters, method.whole_if)
 
 
 def _stage(kind: str, item: Any, where: str) -> tuple[_Stage, dict[str, Any]]:
@@ -85,37 +121,58 @@ def _stage(kind: str, item: Any, where: str) -> tuple[_Stage, dict[str, Any]]:
         raise RecipeError(f"{where}: there is no stage '{name}'{nearest(name, known)}")
     if not isinstance(given, Mapping):
         raise RecipeError(f"{where}: the parameters of '{name}' must be a mapping, got {given!r}")
-    stage = _Stage(kind, name, known[name], parameters_of(known[name]))
+    stage = _Stage(kind, name, known[name], parameters_of(known[name]), _WHOLE.get(name))
     for key in given:
         if key not in stage.parameters:
             raise RecipeError(f"{where}: '{name}' has no parameter '{key}'{nearest(key, stage.parameters)}")
     return stage, dict(given)
 
 
-def _method(recipe: Recipe, stages: list[_Stage], parameters: Mapping[str, Parameter]) -> MergeMethod:
-    if recipe.base_model is None and any(stage.kind == "transforms" for stage in stages):
-        raise RecipeError(f"{recipe.where('transforms')}: transforms work on task vectors; add base_model:")
-    trims = [i for i, stage in enumerate(stages) if stage.name == "trim"]
+def _method(
+    recipe: Recipe, stages: list[_Stage], parameters: Mapping[str, Parameter], named: MergeMethod | None
+) -> MergeMethod:
+    for stage in stages:
+        on_task_vectors = (
+            stage.kind in ("transforms", "merge_method") or stage.name in _WHOLE or stage.name in learned.COMBINES
+        )
+        if recipe.base_model is None and on_task_vectors:
+            raise RecipeError(f"{recipe.where(stage.kind)}: {stage.name} works on task vectors; add base_model:")
+        if stage.name == "awd" and stage is not stages[0]:
+            raise RecipeError(f"{recipe.where('transforms')}: awd must be the first transform")
+    fit = _learned(recipe, stages)
+    looks = named.survey if named is not None else _SURVEYS.get(stages[0].name)
+
+    def transformed(block: Block, **keywords: Any) -> Stream:
+        vectors = block.deltas if block.read_base is not None else block.models
+        for stage in stages:
+            if stage.kind == "transforms":
+                vectors = stage.fn(block, vectors, **stage.pick(keywords))
+        return vectors
 
     def run(block: Block, **keywords: Any) -> Stream:
-        has_base = block.read_base is not None
-        vectors = block.deltas if has_base else block.models
+        vectors = transformed(block, **keywords)
         for stage in stages:
-            vectors = stage.fn(block, vectors, **stage.pick(keywords))
-        return finishes.add_base(block, vectors) if has_base else vectors
+            if stage.kind != "transforms":
+                vectors = stage.fn(block, vectors, **stage.pick(keywords))
+        return finishes.add_base(block, vectors) if block.read_base is not None else vectors
 
     def survey(model: Model) -> Any:
-        stage = stages[trims[0]]
-        params = {name: stage.pick(keywords) for name, keywords in model.params.items()}
-        if trims[0] > 0 and any(given.get("trim") == "model" for given in params.values()):
-            raise RecipeError("transforms: with trim: model, trim must be the first transform")
-        return survey_trim(_View(model, params))
+        params = [{name: stage.pick(keywords) for name, keywords in model.params.items()} for stage in stages]
+        for stage, given in zip(stages[1:], params[1:], strict=True):
+            if stage.name == "trim" and any(own.get("trim") == "model" for own in given.values()):
+                raise RecipeError("transforms: with trim: model, trim must be the first transform")
+        return looks(_View(model, params[0])) if looks is not None else None
 
     def by_rows(keywords: Mapping[str, Any]) -> bool:
+        if named is not None:
+            return named.row_scope_if is not None and named.row_scope_if(stages[0].pick(keywords))
         return any(
             stage.name == "magprune" or (stage.name == "nuslerp" and geodesic.by_rows(stage.pick(keywords)))
             for stage in stages
         )
+
+    def whole(name: str, shape: tuple[int, ...]) -> bool:
+        return any(stage.whole_if is not None and stage.whole_if(name, shape) for stage in stages)
 
     two = any(stage.name == "nuslerp" for stage in stages)
     return MergeMethod(
@@ -124,12 +181,25 @@ def _method(recipe: Recipe, stages: list[_Stage], parameters: Mapping[str, Param
         paper="composed in the recipe",
         summary="A method composed in the recipe.",
         base="required" if recipe.base_model is not None else "unused",
-        scope="element",
+        scope=named.scope if named is not None else "element",
         parameters=parameters,
-        experts=(2, 2) if two else (1, None),
-        survey=survey if trims else None,
+        experts=named.experts if named is not None else (2, 2) if two else (1, None),
+        survey=survey if looks is not None or any(stage.name == "trim" for stage in stages) else None,
         row_scope_if=by_rows,
+        whole_if=whole,
+        learned=None if fit is None else dataclasses.replace(fit, vectors=transformed),
+        explain=named.explain if named is not None else diagnostics if stages[0].name == "awd" else None,
     )
+
+
+def _learned(recipe: Recipe, stages: list[_Stage]) -> Learned | None:
+    """How the combine is fitted, if it learns."""
+    found = next((stage for stage in stages if stage.name in learned.COMBINES), None)
+    if found is not None and stages[-1] is not found:
+        raise RecipeError(
+            f"{recipe.where('finish')}: {found.name} learns, and would not see what follows; remove finish"
+        )
+    return None if found is None else get_method(found.name).learned
 
 
 @dataclasses.dataclass(frozen=True)

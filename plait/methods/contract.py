@@ -148,6 +148,25 @@ def _parameter(keyword: str, hint: Any, default: Any, required: bool) -> Paramet
 
 
 @dataclass(frozen=True)
+class Learned:
+    """How a method that learns is fitted; `plait.learn` has the learners."""
+
+    learner: str
+    """Name of the procedure that learns."""
+    options: Callable[..., Any]
+    """Dataclass of the keys under `fit:`; its fields are the schema."""
+    vectors: Callable[..., Stream]
+    """(block, **parameters) → [K, n]: the task vectors, transformed, that the learned numbers weigh."""
+    sees: str = "unlabeled inputs"
+    """What data it learns from, for tables."""
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        """Keys under `fit:`."""
+        return parameters_of(self.options)
+
+
+@dataclass(frozen=True)
 class MergeMethod:
     """A registered method. Callable on a Block, on tensors in memory, or on state dicts in memory."""
 
@@ -164,11 +183,19 @@ class MergeMethod:
     """survey(blocks, params) → state: a pass over the whole model before the merge, or None when not needed."""
     row_scope_if: Callable[[Mapping[str, Any]], bool] | None = None
     """Parameters under which an element-wise method needs whole rows."""
+    whole_if: Callable[[str, tuple[int, ...]], bool] | None = None
+    """(name, shape) → whether this tensor is needed in one piece; the others are cut as `scope` says."""
     cost: float = 1.0
     """Nanoseconds of one thread per entry and expert, measured (docs/LOG.md): for time estimates only."""
+    learned: Learned | None = None
+    """What it learns before it can merge; None for methods that learn nothing."""
+    explain: Callable[[Any], dict[str, Any]] | None = None
+    """explain(state of the survey) → what it found, as small plain data; `notes` in it are told to the user."""
 
-    def scope_for(self, params: Mapping[str, Any]) -> Scope:
+    def scope_for(self, params: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Scope:
         """How far a tensor may be cut, given the parameters."""
+        if self.whole_if is not None and self.whole_if(name, shape):
+            return "tensor"
         return "row" if self.row_scope_if is not None and self.row_scope_if(params) else self.scope
 
     def check_together(self, keywords: Mapping[str, Any], tensor: str, where: Callable[[str], str]) -> None:
@@ -247,7 +274,10 @@ def merge_method(
     experts: tuple[int, int | None] = (1, None),
     survey: Callable[..., Any] | None = None,
     row_scope_if: Callable[[Mapping[str, Any]], bool] | None = None,
+    whole_if: Callable[[str, tuple[int, ...]], bool] | None = None,
     cost: float = 1.0,
+    learned: Learned | None = None,
+    explain: Callable[[Any], dict[str, Any]] | None = None,
     register: bool = True,
 ) -> Callable[[Callable[..., Stream]], MergeMethod]:
     """Make a MergeMethod of a function and register it; a name that is taken is an error."""
@@ -255,7 +285,8 @@ def merge_method(
     def decorate(fn: Callable[..., Stream]) -> MergeMethod:
         summary = (inspect.getdoc(fn) or "").split("\n\n")[0].replace("\n", " ")
         method = MergeMethod(
-            name, fn, paper, summary, base, scope, parameters_of(fn), experts, survey, row_scope_if, cost
+            name, fn, paper, summary, base, scope, parameters_of(fn), experts, survey, row_scope_if, whole_if, cost,
+            learned, explain,
         )  # fmt: skip
         if register:
             if name in _METHODS:
@@ -271,6 +302,15 @@ def get_method(name: str) -> MergeMethod:
     if name not in _METHODS:
         raise RecipeError(f"merge_method: unknown method '{name}'{nearest(name, _METHODS)}")
     return _METHODS[name]
+
+
+def split_settings(name: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings of a method by where they stand in a recipe: under `parameters:`, or what it is fitted with, `fit:`."""
+    method = get_method(name)
+    options = method.learned.parameters if method.learned is not None else {}
+    fit = {key: value for key, value in settings.items() if key in options and key not in method.parameters}
+    parameters = {key: value for key, value in settings.items() if key not in fit}
+    return {"parameters": parameters, **({"fit": fit} if fit else {})}
 
 
 def all_methods() -> dict[str, MergeMethod]:

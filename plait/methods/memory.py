@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from plait.errors import RecipeError
 from plait.methods.block import Block
 from plait.methods.contract import MergeMethod
 
@@ -41,6 +42,8 @@ def merge_in_memory(
 
     Raises ValueError when the numbers or names of models do not fit the method, or tensors differ in shape.
     """
+    if method.learned is not None:
+        raise RecipeError(f"{method.name} learns before it can merge: use plait.merge or plait.fit with a recipe")
     least, most = method.experts
     if len(models) < least or (most is not None and len(models) > most):
         wanted = f"{least}" if most == least else f"at least {least}" if most is None else f"{least} to {most}"
@@ -48,9 +51,9 @@ def merge_in_memory(
     if method.base == "required" and base is None:
         raise ValueError(f"{method.name} works on task vectors: give base=…")
     models, names, params = canonical_order(method, models, tasks, params)
-    scope = method.scope_for(params)
 
     def block(name: str, tensors: Sequence[torch.Tensor], origin: torch.Tensor | None) -> Block:
+        scope = method.scope_for(params, name, tuple(tensors[0].shape))
         return Block.of(tensors, origin, name=name, tasks=names, scope=scope, seed=seed)
 
     if isinstance(models[0], torch.Tensor):

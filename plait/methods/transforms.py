@@ -187,6 +187,22 @@ def spread(block: Block, deltas: Stream, *, select_topk: Fraction = 1.0) -> Stre
     return deltas.map_pieces(lambda values, piece: values * cut.mask(_variance(values)[0], piece))
 
 
+def agree(block: Block, deltas: Stream) -> Stream:
+    """Keep the entries whose sign is the elected one, the sign of Σ τ_k (TIES' election without its mean).
+
+    With `trim` before it this gives the vectors of AdaMerging++ (arXiv:2310.02575).
+    """
+    return deltas.map(lambda values: values * (values * elected_sign(values) > 0))
+
+
+def elected_sign(values: torch.Tensor, zero_is_positive: bool = True) -> torch.Tensor:
+    """[K, n] → [n]: +1 or −1, the sign of the sum over the experts."""
+    total = fold(values)
+    sign = torch.copysign(torch.ones_like(total), total)
+    # A sum that cancels is +0; −0 only comes of entries that are all −0, which count for nothing either way.
+    return sign if zero_is_positive else sign.masked_fill_(total == 0, -1)
+
+
 def _variance(values: torch.Tensor) -> torch.Tensor:
     """[K, n] → [1, n], population variance over the experts."""
     spread = values - fold(values) / len(values)
@@ -221,4 +237,5 @@ TRANSFORMS = {
     "magprune": magprune,
     "consensus": consensus,
     "spread": spread,
+    "agree": agree,
 }
