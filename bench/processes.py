@@ -45,7 +45,8 @@ def _children(pid: int) -> Iterator[int]:
         return
 
 
-def _status(pid: int) -> dict[str, int]:
+def status(pid: int) -> dict[str, int]:
+    """RssAnon and VmHWM of a process, in bytes."""
     out = {}
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -67,7 +68,7 @@ def run(command: Sequence[str], environment: dict[str, str] | None = None, sampl
             pid, code, usage = os.wait4(process.pid, os.WNOHANG if sample else 0)
             if pid:
                 break
-            found = [_status(p) for p in _children(process.pid)]
+            found = [status(p) for p in _children(process.pid)]
             anonymous = max(anonymous, sum(s.get("RssAnon", 0) for s in found))
             resident = max(resident, sum(s.get("VmHWM", 0) for s in found))
             time.sleep(0.02)

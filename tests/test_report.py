@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from report_browser import CHROMIUM, Browser
-from report_results import METHODS, comparison, sweep_of_experts, sweep_over
+from report_results import METHODS, comparison, learned, sweep_of_experts, sweep_over
 
 import plait
 from plait.engine import Engine
@@ -26,6 +26,7 @@ from plait.report import page as page_module
 from plait.report import render, write_report
 from plait.report.boards import gather
 from plait.report.figures import SYMBOLS, Key, symbol
+from plait.report.granules import in_depth
 from plait.report.inspected import by_depth, read_inspection
 from plait.report.marks import swatch
 from plait.report.text import embedded_json, percent, plot_text, points
@@ -51,7 +52,7 @@ def inspection(llama: dict[str, Path]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def everything(inspection: dict[str, Any]) -> list[Result]:
-    """8 tasks, 8 merges, experts and base, an inspection, and all kinds of sweeps."""
+    """8 tasks, 10 merges of which two learned, experts and base, an inspection, and all kinds of sweeps."""
     return [
         comparison(TASKS, inspection=inspection),
         sweep_over(TASKS, {"parameters.weight": [0.1, 0.2, 0.3, 0.4, 0.6]}),
@@ -78,6 +79,10 @@ def hostile_results(inspection: dict[str, Any]) -> list[Result]:
     data["machine"] = data["suite"]["name"] = HOSTILE[1]
     for row in data["rows"]:
         row["data"] = HOSTILE[0]
+        if row["kind"] == "merge":
+            row["learned"] = learned(HOSTILE, masked=True, layers=2, stack=f"{HOSTILE[1]}.")
+            row["learned"].update(objective=HOSTILE[2], split=HOSTILE[0], fit={HOSTILE[0]: HOSTILE[3], "init": 0.3})
+            row["learned"]["summary"].update(verdict=HOSTILE[1], more_confident_than_the_expert=HOSTILE)
         row["evaluation"]["model"].update(path=HOSTILE[1], fingerprint=HOSTILE[3])
         row["evaluation"]["protocol"].update(dtype=HOSTILE[0], device=HOSTILE[3])
         row["evaluation"]["versions"] = {HOSTILE[0]: HOSTILE[1]}
@@ -128,8 +133,8 @@ def sections_of(text: str) -> list[str]:
 
 def test_a_comparison_with_sweeps_has_every_section(everything: list[Result]) -> None:
     text = render(everything, title="Eight in one", provenance={"command": "plait compare"})
-    assert sections_of(text) == ["scores", "tasks", "vectors", "costs", "sweeps", "recipes", "provenance"]
-    assert len(figures_of(text)) == 1 + 4 + 1 + 4
+    assert sections_of(text) == ["scores", "tasks", "vectors", "learned", "costs", "sweeps", "recipes", "provenance"]
+    assert len(figures_of(text)) == 1 + 4 + 5 + 6 + 1 + 4
     said = " ".join(Reader(text).words)
     for word in [*TASKS, *METHODS, "Eight in one", "2 cores, 8 GB, no GPU", "plait compare", "5e5e5e5e5e5e5e5e"]:
         assert word in said.replace("_ ", "_"), word
@@ -168,6 +173,7 @@ def test_what_has_no_data_is_left_out(everything: list[Result], tmp_path: Path) 
     assert sections_of(text) == ["scores", "tasks", "provenance"]
     assert "vs baseline" not in text
     assert "merge time" not in text
+    assert "fit time" not in text
     assert sections_of(render(everything[1:2])) == ["sweeps", "recipes", "provenance"]
     (tmp_path / "one.json").write_text(dump(alone))
     assert render([load(tmp_path / "one.json")]) == text
@@ -291,6 +297,77 @@ def test_an_inspection_that_is_none_is_refused(everything: list[Result], inspect
     for broken in ({"tasks": ["a"]}, {**inspection, "tasks": ["a", "b"]}, {**inspection, "overall": {"norm": "<"}}):
         with pytest.raises(CheckpointError, match=r"inspection.*run plait compare again"):
             render([found.model_copy(update={"inspection": broken})])
+
+
+def test_what_was_learned_is_told(everything: list[Result]) -> None:
+    found = everything[0]
+    assert isinstance(found, Comparison)
+    text = render([found])
+    said = " ".join(Reader(text).words)
+    for words in (
+        "The guard ended the fit after 60 steps: agreement with the experts fell from 82\u00a0% to 71\u00a0%, though "
+        "the loss went on falling. Kept is step 35, where agreement was best.",
+        "The mask took 60 steps, the coefficients came after it.", "kept is step 95, where agreement was best",
+        "3200 unlabeled inputs of the adapt split (400 of each of 8 tasks)", "3 min 12 s", "21 min 00 s", "fit time",
+    ):  # fmt: skip
+        assert words in said, words
+    row = next(row for row in found.rows if row.label == "concrete_adamerging")
+    assert row.learned is not None
+    heats = [figure for figure in figures_of(text) if figure["data"][0]["type"] == "heatmap"]
+    names, runs = in_depth(row.learned["coefficients"])
+    assert heats[-2]["data"][0]["z"] == [
+        pytest.approx([row.learned["coefficients"][name][k] for name in names], abs=1e-6) for k in range(len(TASKS))
+    ]
+    assert heats[-1]["data"][0]["z"][1] == pytest.approx(
+        [row.learned["masks"][name]["under_0.5"] for name in names], abs=1e-6
+    )
+    assert [run.label for run in runs] == ["before", *map(str, range(12)), "after"]
+
+
+def test_a_fit_that_knows_little(everything: list[Result]) -> None:
+    found = everything[0]
+    assert isinstance(found, Comparison)
+
+    def figures(**update: Any) -> list[dict[str, Any]]:
+        row = found.rows[-1].model_copy(update={"learned": {**learned(TASKS), **update}})
+        return figures_of(render([found.model_copy(update={"rows": [row], "inspection": None})]))[1:]
+
+    pairs = {"loss": [3.0, 2.0, 1.5], "checks": []}
+    assert len(figures(history=pairs, summary={"steps_taken": 3})) == 2, "loss and coefficients"
+    assert len(figures(history={}, summary={})) == 1
+    assert not figures(history={}, summary={}, coefficients={}, data={}, fit={})
+    row = found.rows[-1].model_copy(update={"learned": {"tasks": TASKS, "history": {}, "summary": {"agreement": 0.81}}})
+    closed = render([found.model_copy(update={"rows": [row]})])
+    assert "It agrees with the experts on 81.0\u00a0% of the inputs" in closed
+    start = {"kept_step": 0, "steps_taken": 60}
+    row = found.rows[-1].model_copy(update={"learned": {**learned(TASKS), "summary": start}})
+    assert "kept is the start, as no later step agreed better" in render([found.model_copy(update={"rows": [row]})])
+    same = {"encoder.layer.0": [0.3] * 8, "encoder.layer.1": [0.3] * 8}
+    assert not figures(history={}, coefficients=same), "nothing moved: a field of one colour"
+    one = figures(history={}, coefficients={"all": [0.1 * k for k in range(8)]})[0]
+    assert one["layout"]["xaxis"]["ticktext"] == ["all tensors"]
+    assert one["data"][0]["text"] == [[f"0.{k}0"] for k in range(8)]
+    top = figures(history={}, coefficients={f"encoder.layer.{i}.w": [0.1 * i] * 8 for i in (10, 9, 11)})[0]
+    assert top["layout"]["xaxis"]["ticktext"] == ["9", "10", "11"], "layers below were not trained"
+    layers = figures(history={}, coefficients={f"encoder.layer.{i}": [0.1 * i] * 8 for i in range(11)})[0]
+    assert layers["layout"]["xaxis"]["ticktext"] == [str(i) for i in range(11)]
+    test = render([found.model_copy(update={"rows": [
+        found.rows[-1].model_copy(update={"learned": {**learned(TASKS), "split": "test"}})
+    ]})])  # fmt: skip
+    assert "they are the inputs that scores are measured on" in test
+
+
+def test_a_fit_that_is_none_is_refused(everything: list[Result]) -> None:
+    found = everything[0]
+    assert isinstance(found, Comparison)
+    whole = learned(TASKS)
+    for broken in (
+        {"tasks": 3}, {**whole, "coefficients": {"all": [0.1]}}, {**whole, "history": {"loss": ["<"]}},
+        {**whole, "tasks": ["a"], "coefficients": {}},
+    ):  # fmt: skip
+        row = found.rows[-1].model_copy(update={"learned": broken})
+        with pytest.raises(CheckpointError, match=r"learned.*run plait compare again"):
+            render([found.model_copy(update={"rows": [row]})])
 
 
 def test_a_file_appears_whole_or_not_at_all(everything: list[Result], tmp_path: Path, monkeypatch: Any) -> None:

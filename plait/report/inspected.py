@@ -112,15 +112,29 @@ def by_depth(tensors: Mapping[str, Part]) -> list[Level]:
     layers = Layers(tensors)
     found: dict[tuple[int, str, int], list[Part]] = {}
     for name, part in tensors.items():
-        place = layers.place(name)
-        if place:
-            key = (2 if "decoder" in place.stack else 1, place.stack, place.index)
-        else:
-            key = (0, "", 0) if is_before(name) else (3, "", 0)
-        found.setdefault(key, []).append(part)
+        found.setdefault(side_of(layers, name), []).append(part)
     labels = {0: "before", 3: "after"}
     only = len({stack for _, stack, _ in found} - {""}) < 2
     return [
         Level(stack, labels.get(side, str(index)), found[side, stack, index], only)
         for side, stack, index in sorted(found)
     ]
+
+
+def side_of(layers: Layers, name: str) -> tuple[int, str, int]:
+    """What sorts tensors by depth: before, in an encoder, in a decoder or after; the stack; the layer."""
+    place = layers.place(name)
+    if place:
+        return 2 if "decoder" in place.stack else 1, place.stack, place.index
+    return (0, "", 0) if is_before(name) else (3, "", 0)
+
+
+def named_levels(labels: Sequence[str], most: int) -> list[int]:
+    """Which levels a plot names: at most so many layers, and none so close to an end that the words would touch."""
+    room = max(1, math.ceil(len(labels) / most))
+    ends = [i for i, label in enumerate(labels) if not label.isdigit()]
+    clear = 1 + (room > 1)
+    return [
+        i for i, label in enumerate(labels)
+        if i in ends or (int(label) % room == 0 and all(abs(i - end) >= clear for end in ends))
+    ]  # fmt: skip

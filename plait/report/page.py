@@ -18,6 +18,7 @@ from plait.errors import MachineError
 from plait.report.boards import Board, Material
 from plait.report.cards import cards
 from plait.report.figures import Figure, Key
+from plait.report.learned import learned_parts
 from plait.report.marks import swatch
 from plait.report.provenance import provenance, recipes
 from plait.report.scores import task_dots, tradeoffs
@@ -122,6 +123,10 @@ def _board_sections(board: Board, place: int, several: bool, plots: list[Figure]
     vectors = vector_figures(board.inspection)
     if vectors:
         made.append(Section(f"vectors{end}", f"Task vectors{of}", f"Task vectors{of}", _figures(vectors, plots)))
+    learned = [parts for row in board.rows if (parts := learned_parts(row)) is not None]
+    if learned:
+        inner = "".join(said + (_figures(figures, plots) if figures else "") for said, figures in learned)
+        made.append(Section(f"learned{end}", f"Learned{of}", f"What was learned{of}", inner))
     costs = tradeoffs(board)
     if costs:
         made.append(Section(f"costs{end}", f"Trade-offs{of}", f"Trade-offs{of}", _figures(costs, plots)))

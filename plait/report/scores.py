@@ -128,10 +128,11 @@ def _gap(value: float) -> str:
 
 
 def tradeoffs(board: Board) -> list[Figure]:
-    """The normalised average against merge time and against size, each where there is something to trade."""
+    """The normalised average against time and against size, each where there is something to trade."""
+    fits = any(row.fit_seconds for row in board.ranked)
     made = [
         _tradeoff(
-            board, "time", lambda row: row.merge_seconds, show_seconds, "merge time, s",
+            board, "time", _time, show_seconds, "time to fit and merge, s" if fits else "merge time, s",
             "Up is better, left is cheaper. A method is worth its time only when it stands above everything to its "
             "left; whiskers that overlap say that the difference may be chance.",
         ),
@@ -143,6 +144,11 @@ def tradeoffs(board: Board) -> list[Figure]:
         ),
     ]  # fmt: skip
     return [figure for figure in made if figure is not None]
+
+
+def _time(row: Row) -> float | None:
+    """Of the merge and, where the method learned, of its fit."""
+    return None if row.merge_seconds is None else row.merge_seconds + (row.fit_seconds or 0.0)
 
 
 def _tradeoff(

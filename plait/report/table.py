@@ -13,9 +13,10 @@ from plait.units import show_bytes, show_seconds
 def table(board: Board) -> str:
     """The scrollable table with its scale and its switch for intervals."""
     costs = any(row.merge_seconds is not None for row in board.rows)
+    fits = any(row.fit_seconds is not None for row in board.rows)
     data = any(row.data for row in board.rows)
     paired = any(row.difference for row in board.rows)
-    head = _head(board, costs=costs, data=data, paired=paired)
+    head = _head(board, costs=costs, fits=fits, data=data, paired=paired)
     low, high = _ends(board)
     best = _best_scores(board)
     groups = [("experts", board.of("expert")), ("models", board.ranked), ("base", board.of("base"))]
@@ -23,7 +24,17 @@ def table(board: Board) -> str:
     for name, rows in groups:
         if rows:
             lines = "".join(
-                _line(row, board, low, high, best if name == "models" else {}, costs=costs, data=data, paired=paired)
+                _line(
+                    row,
+                    board,
+                    low,
+                    high,
+                    best if name == "models" else {},
+                    costs=costs,
+                    fits=fits,
+                    data=data,
+                    paired=paired,
+                )
                 for row in rows
             )
             bodies.append(f'<tbody class="{name}">{lines}</tbody>')
@@ -44,7 +55,7 @@ def _what_shades(board: Board) -> str:
     return "of the expert’s score" if known else "score"
 
 
-def _head(board: Board, *, costs: bool, data: bool, paired: bool) -> str:
+def _head(board: Board, *, costs: bool, fits: bool, data: bool, paired: bool) -> str:
     cells = [_th("model", "text", "model", "name")]
     if any(row.evaluation.normalised for row in board.rows):
         cells.append(_th("of experts, %", "number", "Mean over tasks of score / the task's own expert's score", "main"))
@@ -57,8 +68,9 @@ def _head(board: Board, *, costs: bool, data: bool, paired: bool) -> str:
     for place, task in enumerate(board.tasks):
         cells.append(_th(task, "number", f"{task}: {', '.join(sorted(metrics[task])) or 'score'}, %",
                          "task first" if place == 0 else "task"))  # fmt: skip
-    cells += [_th("merge time", "number", "Seconds to merge", "first")] if costs else []
-    cells.append(_th("size", "number", "Weight files on disk", "" if costs else "first"))
+    cells += [_th("fit time", "number", "Seconds to learn, before the merge", "first")] if fits else []
+    cells += [_th("merge time", "number", "Seconds to merge", "" if fits else "first")] if costs else []
+    cells.append(_th("size", "number", "Weight files on disk", "" if costs or fits else "first"))
     cells += [_th("data", "text", "What data the method saw")] if data else []
     cells.append(_th("task id", "text", "What is chosen by a sample's task: only its head, or the model"))
     return f"<tr>{''.join(cells)}</tr>"
@@ -98,8 +110,9 @@ def _best_scores(board: Board) -> dict[str, float]:
 
 
 def _line(
-    row: Row, board: Board, low: float, high: float, best: dict[str, float], *, costs: bool, data: bool, paired: bool
-) -> str:
+    row: Row, board: Board, low: float, high: float, best: dict[str, float], *, costs: bool, fits: bool, data: bool,
+    paired: bool,
+) -> str:  # fmt: skip
     found = row.evaluation
     tags = {"expert": "one model per task", "base": "nothing merged"}
     about = tags.get(row.kind) or (row.method if row.method and row.method != row.label else "")
@@ -114,10 +127,12 @@ def _line(
         cells.append(_difference(row))
     for place, task in enumerate(board.tasks):
         cells.append(_score(row, board, task, low, high, best, "first" if place == 0 else ""))
+    if fits:
+        cells.append(_seconds(row.fit_seconds, "first"))
     if costs:
-        cells.append(_plain(row.merge_seconds, show_seconds(row.merge_seconds) if row.merge_seconds else "", "first"))
+        cells.append(_seconds(row.merge_seconds, "" if fits else "first"))
     size = show_bytes(found.model.bytes)
-    cells.append(_plain(found.model.bytes, size, "" if costs else "first"))
+    cells.append(_plain(found.model.bytes, size, "" if costs or fits else "first"))
     cells += [f'<td class="text" data-v="{escape(row.data)}">{escape(row.data) or MISSING}</td>'] if data else []
     chosen = found.protocol.task_id
     cells.append(f'<td class="text" data-v="{chosen}">{chosen}</td>')
@@ -171,10 +186,12 @@ def _score(row: Row, board: Board, task: str, low: float, high: float, best: dic
     )
 
 
-def _plain(value: float | None, text: str, css: str) -> str:
-    if value is None:
-        return f'<td class="{css}">{MISSING}</td>'
-    return f'<td class="{css}" data-v="{value:.6f}">{escape(text) or "0 s"}</td>'
+def _seconds(value: float | None, css: str) -> str:
+    return f'<td class="{css}">{MISSING}</td>' if value is None else _plain(value, show_seconds(value), css)
+
+
+def _plain(value: float, text: str, css: str) -> str:
+    return f'<td class="{css}" data-v="{value:.6f}">{escape(text)}</td>'
 
 
 def reading(board: Board) -> str:

@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from plait.report.figures import Figure, Key, Trace, axis, band, bold, colour, layout, line, symbol
-from plait.report.inspected import Inspected, Level, by_depth, read_inspection
+from plait.report.inspected import Inspected, Level, by_depth, named_levels, read_inspection
 from plait.report.text import percent, plot_text, signed
 
 
@@ -103,14 +103,7 @@ def _depth_axis(depth: list[Level]) -> dict[str, Any]:
 
 
 def _depth_ticks(depth: list[Level], most: int) -> dict[str, Any]:
-    """At most so many layers are named, and none so close to an end that the words would touch."""
-    room = max(1, math.ceil(len(depth) / most))
-    ends = [i for i, level in enumerate(depth) if not level.label.isdigit()]
-    clear = 1 + (room > 1)
-    shown = [
-        i for i, level in enumerate(depth)
-        if i in ends or (int(level.label) % room == 0 and all(abs(i - end) >= clear for end in ends))
-    ]  # fmt: skip
+    shown = named_levels([level.label for level in depth], most)
     return {"tickvals": shown, "ticktext": [depth[i].label for i in shown]}
 
 
