@@ -16,7 +16,8 @@ from plait.errors import CheckpointError, MachineError, PlaitError, RecipeError
 if TYPE_CHECKING:
     from plait.plan import Plan, make_plan
     from plait.recipe import Recipe, load_recipe
-    from plait.run import Merged, merge
+    from plait.run import Merged, fit, merge
+    from plait.state import State
 
 __all__ = [
     "CheckpointError",
@@ -26,6 +27,8 @@ __all__ = [
     "Plan",
     "Recipe",
     "RecipeError",
+    "State",
+    "fit",
     "load_recipe",
     "make_plan",
     "merge",
@@ -34,6 +37,8 @@ __all__ = [
 _HOMES = {
     "Merged": "run",
     "merge": "run",
+    "fit": "run",
+    "State": "state",
     "Plan": "plan",
     "make_plan": "plan",
     "Recipe": "recipe",

@@ -28,6 +28,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 Base = Annotated[str | None, typer.Option("--base", help="Base model, where there is no recipe file.")]
 Experts = Annotated[list[str] | None, typer.Option("--expert", "-e", help="An expert: folder, hub id, or name=folder.")]
 Method = Annotated[str | None, typer.Option("--method", "-m", help="Merge without a recipe file, by this method.")]
+Data = Annotated[
+    str | None, typer.Option("--data", help="Suite to learn from (its adapt splits), where there is no recipe file.")
+]
 Settings = Annotated[list[str] | None, typer.Option("--set", "-s", help="A parameter, such as density=0.2.")]
 
 
@@ -92,6 +95,10 @@ def merge(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output folder, at the end, in one step.")
     ] = False,
+    state: Annotated[
+        Path | None, typer.Option(help="What `plait fit` learned; without it a method that learns is fitted first.")
+    ] = None,
+    data: Data = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -99,19 +106,52 @@ def merge(
     from plait import progress, run, show
 
     run.keep_freed_memory()
-    recipe, out = _recipe_and_out(where, method, base, expert, settings, dtype, seed)
+    recipe, out = _recipe_and_out(where, method, base, expert, settings, dtype, seed, data)
     with progress.shown(quiet or as_json) as shown:
         merged = run.merge(
             recipe, out, memory=memory, threads=threads, device=device, shard_size=shard_size, overwrite=overwrite,
-            progress=shown,
+            state=state, progress=shown,
         )  # fmt: skip
     show.emit(show.merged_data(merged), as_json, lambda: show.merged_text(merged))
 
 
 @app.command()
+def fit(
+    where: Annotated[
+        list[str],
+        typer.Argument(metavar="[RECIPE] STATE", help="Recipe file and state folder; only the folder with --method."),
+    ],
+    method: Method = None,
+    base: Base = None,
+    expert: Experts = None,
+    settings: Settings = None,
+    seed: Annotated[int | None, typer.Option(help="Seed, where there is no recipe file.")] = None,
+    data: Data = None,
+    memory: Memory = "512MB",
+    threads: Threads = None,
+    device: Device = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a fit that was interrupted.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing state, at the end.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Learn what a method needs from unlabeled inputs, and write it as a small state that `merge --state` applies."""
+    from plait import progress, run, show, show_state
+
+    recipe, out = _recipe_and_out(where, method, base, expert, settings, None, seed, data)
+    with progress.shown(quiet or as_json) as shown:
+        state = run.fit(
+            recipe, out, memory=memory, threads=threads, device=device, resume=resume, overwrite=overwrite,
+            progress=shown,
+        )  # fmt: skip
+    show.emit(show_state.state_data(state), as_json, lambda: show_state.state_text(state))
+
+
+@app.command()
 def inspect(
     models: Annotated[
-        list[str], typer.Argument(metavar="RECIPE | EXPERT…", help="A recipe file, or experts with --base.")
+        list[str],
+        typer.Argument(metavar="RECIPE | STATE | EXPERT…", help="A recipe file, a state, or experts with --base."),
     ],
     base: Base = None,
     memory: Memory = "512MB",
@@ -121,15 +161,20 @@ def inspect(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare the experts' task vectors: norms, cosines, agreement of signs; by kind of tensor and overall."""
-    from plait import progress, show
+    """Compare the experts' task vectors (norms, cosines, agreement of signs), or show what a state has learned."""
+    from plait import progress, show, show_state
     from plait.engine import Engine
     from plait.inspect import inspect_plan
     from plait.plan import make_plan
     from plait.recipe import load_recipe
     from plait.run import usable_threads
+    from plait.state import FACTS, load_state
     from plait.units import parse_bytes
 
+    if len(models) == 1 and base is None and (Path(models[0]) / FACTS).is_file():
+        state = load_state(models[0])
+        show.emit(show_state.state_data(state), as_json, lambda: show_state.state_text(state))
+        return
     recipe: Any = models[0] if len(models) == 1 and models[0].endswith((".yaml", ".yml", ".json")) else None
     if recipe is not None and base is not None:
         raise RecipeError("inspect: a recipe file names its own base_model; --base goes with experts")
@@ -156,10 +201,10 @@ def methods(
 
 def _recipe_and_out(
     where: list[str], method: str | None, base: str | None, expert: list[str] | None, settings: list[str] | None,
-    dtype: str | None, seed: int | None,
+    dtype: str | None, seed: int | None, data: str | None,
 ) -> tuple[Any, str]:  # fmt: skip
     if method is None:
-        if len(where) != 2 or base or expert or settings or dtype or seed is not None:
+        if len(where) != 2 or base or expert or settings or dtype or data or seed is not None:
             raise RecipeError("merge: give RECIPE and OUT, or --method, --base, --expert … and OUT")
         return where[0], where[1]
     if len(where) != 1:
@@ -170,7 +215,8 @@ def _recipe_and_out(
         if not mark:
             raise RecipeError(f"--set {setting}: must be name=value, such as density=0.2")
         given[key] = _value(value)
-    return _adhoc(method, base, expert or [], given, dtype, seed or 0), where[0]
+    recipe = _adhoc(method, base, expert or [], given, dtype, seed or 0)
+    return {**recipe, **({"data": data} if data else {})}, where[0]
 
 
 def _adhoc(
@@ -183,7 +229,15 @@ def _adhoc(
         name, mark, path = spec.partition("=")
         named = mark and "/" not in name and not Path(spec).exists()
         models.append({"model": path, "name": name} if named else {"model": spec})
-    recipe: dict[str, Any] = {"merge_method": method, "models": models, "parameters": settings, "seed": seed}
+    import plait.methods  # noqa: F401
+    from plait.methods.contract import split_settings
+
+    recipe: dict[str, Any] = {
+        "merge_method": method,
+        "models": models,
+        "seed": seed,
+        **split_settings(method, settings),
+    }
     return {**recipe, **({"base_model": base} if base else {}), **({"out_dtype": dtype} if dtype else {})}
 
 

@@ -38,6 +38,10 @@ class Progress(Protocol):
         """So many more of them are done."""
         ...
 
+    def note(self, text: str) -> None:
+        """How the stage stands, in a few numbers."""
+        ...
+
 
 class Engine:
     """Threads, a memory budget, and a device."""
@@ -61,15 +65,16 @@ class Engine:
         return method.survey(_Surveyed(self, tensors, seed))
 
     def merge(
-        self, method: MergeMethod, tensors: list[TensorPlan], seed: int, state: Any, writer: FolderWriter
-    ) -> None:
-        """Merge or copy every tensor into the writer."""
+        self, method: MergeMethod, tensors: list[TensorPlan], seed: int, state: Any, writer: FolderWriter,
+        learned: Any = None,
+    ) -> None:  # fmt: skip
+        """Merge or copy every tensor into the writer. `state` is the survey's result, `learned` a fit's."""
 
         def job(tensor: TensorPlan) -> None:
             if tensor.action == "copy":
                 self._copy(tensor, writer)
             else:
-                self._merge(method, tensor, seed, state, writer)
+                self._merge(method, tensor, self.block(tensor, seed, state, learned), writer)
             writer.finish(tensor.name)
 
         self.progress.stage("merge", sum(tensor.bytes_in for tensor in tensors))
@@ -102,12 +107,13 @@ class Engine:
                 self._stop.set()
                 for future in futures:
                     future.cancel()
+        self._stop.clear()
         errors = [error for future in done if (error := future.exception()) is not None]
         for error in sorted(errors, key=lambda error: isinstance(error, _StoppedError)):
             raise error
         return [results[index] for index in range(len(tensors))]
 
-    def block(self, tensor: TensorPlan, seed: int, state: Any = None) -> Block:
+    def block(self, tensor: TensorPlan, seed: int, state: Any = None, learned: Any = None) -> Block:
         """The block of one merged tensor, reading from its sources."""
         readers = [self._reader(item, tensor, tensor.base) for item in tensor.inputs]
         return Block(
@@ -121,6 +127,7 @@ class Engine:
             depth=tensor.depth,
             seed=seed,
             state=state,
+            learned=learned,
         )
 
     def _reader(self, item: Input, tensor: TensorPlan, base: Input | None) -> tuple[Reader, Reader | None]:
@@ -143,8 +150,8 @@ class Engine:
         on_base = under is not None and base is not None and under.source is base.source and under.stored == base.stored
         return whole, stored if on_base else None
 
-    def _merge(self, method: MergeMethod, tensor: TensorPlan, seed: int, state: Any, writer: FolderWriter) -> None:
-        merged = method.fn(self.block(tensor, seed, state), **tensor.keywords)
+    def _merge(self, method: MergeMethod, tensor: TensorPlan, block: Block, writer: FolderWriter) -> None:
+        merged = method.fn(block, **tensor.keywords)
         dtype, width = to_torch(tensor.dtype), itemsize(tensor.dtype)
         share = tensor.bytes_in / max(tensor.grid.numel, 1)
         for piece in tensor.grid:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from plait.decide import Planner, Refusal, TensorPlan
-from plait.errors import CheckpointError, RecipeError
+from plait.errors import CheckpointError, RecipeError, nearest
 from plait.experts import Input, Library, Model, align_model
 from plait.layers import resize_config
 from plait.layout import BASE
 from plait.methods.compose import method_of
 from plait.methods.contract import MergeMethod
+from plait.methods.learned import options_of
 from plait.recipe import Recipe
 from plait.settings import Resolver
 from plait.vocabulary import Vocabulary, match_vocabularies
@@ -38,6 +39,8 @@ class Plan:
     """Tensors that do not fit; only where `make_plan` was told not to raise for them."""
     library: Library
     vocabulary: Vocabulary
+    fit: Any = None
+    """Options of the fit, for methods that learn."""
 
     @property
     def bytes_in(self) -> int:
@@ -74,6 +77,7 @@ def make_plan(recipe: Recipe, *, strict: bool = True) -> Plan:
     tensors that do not fit are listed in `Plan.refused` instead.
     """
     method, recipe = method_of(recipe)
+    fit = fit_options(recipe, method)
     names = recipe.names()
     resolver = Resolver(recipe, method, names)
     resolver.check_names()
@@ -87,6 +91,8 @@ def make_plan(recipe: Recipe, *, strict: bool = True) -> Plan:
     for model in [reference, *ordered]:
         align_model(model, reference)
     notes = list(resolver.notes)
+    if recipe.data is not None and method.learned is None:
+        notes.append(f"data is not used: {method.name} learns nothing")
     vocabulary = match_vocabularies(recipe, reference, base, ordered)
     notes += vocabulary.notes
     experts = _experts(recipe, method, base, opened)
@@ -105,8 +111,27 @@ def make_plan(recipe: Recipe, *, strict: bool = True) -> Plan:
         notes += [f"{model.name}: {note}" for note in model.notes]
     heads = planner.heads(ordered, library) if recipe.slices is None else {}
     return Plan(
-        recipe, method, tensors, heads, ordered, base, donor, config, notes, planner.refused, library, vocabulary
+        recipe, method, tensors, heads, ordered, base, donor, config, notes, planner.refused, library, vocabulary, fit
     )
+
+
+def fit_options(recipe: Recipe, method: MergeMethod) -> Any:
+    """The options that a learned method is fitted with; None for a method that learns nothing.
+
+    Raises RecipeError for keys under `fit:` that the method does not have, and values out of range.
+    """
+    if method.learned is None:
+        if recipe.fit:
+            raise RecipeError(f"{recipe.where('fit')}: {method.name} learns nothing; remove fit:, or change the method")
+        return None
+    known, given = method.learned.parameters, {}
+    for key, value in recipe.fit.items():
+        where = recipe.where("fit", key)
+        if key not in known:
+            hint = f"; '{key}' stands under parameters:" if key in method.parameters else nearest(key, known)
+            raise RecipeError(f"{where}: {method.name} has no fit option '{key}'{hint}")
+        given[known[key].keyword] = known[key].check(value, where)
+    return options_of(method.learned, given)
 
 
 def refusal_text(refused: list[Refusal]) -> str:

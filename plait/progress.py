@@ -25,12 +25,13 @@ class Lines:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._name, self._unit, self._total, self._done = "", "bytes", 0, 0
+        self._note = ""
         self._start = self._said = time.monotonic()
 
     def stage(self, name: str, total: int, unit: str = "bytes") -> None:
         """A stage of `total` bytes (or other units) begins."""
         with self._lock:
-            self._name, self._unit, self._total, self._done = name, unit, total, 0
+            self._name, self._unit, self._total, self._done, self._note = name, unit, total, 0, ""
             self._start = self._said = time.monotonic()
 
     def advance(self, count: int) -> None:
@@ -46,7 +47,13 @@ class Lines:
             share = self._done / self._total if self._total else 1.0
             done, total = self._amount(self._done), self._amount(self._total)
             speed = f"{show_bytes(rate)}/s" if self._unit == "bytes" else f"{rate:.1f}/s"
-        print(f"{self._name}: {share:.0%}, {done} of {total}, {speed}, {left} left", file=sys.stderr, flush=True)
+            note = f"; {self._note}" if self._note else ""
+        print(f"{self._name}: {share:.0%}, {done} of {total}, {speed}, {left} left{note}", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """How the stage stands: said with the next line."""
+        with self._lock:
+            self._note = text
 
     def _amount(self, count: int) -> str:
         return show_bytes(count) if self._unit == "bytes" else f"{count} {self._unit}"
@@ -85,7 +92,7 @@ class _Bar(Silent):
     def stage(self, name: str, total: int, unit: str = "bytes") -> None:
         if self._task is not None:
             self._bar.update(self._task, completed=self._total)
-        self._unit, self._total, self._done = unit, max(total, 1), 0
+        self._unit, self._total, self._done, self._note = unit, max(total, 1), 0, ""
         self._task = self._bar.add_task(name, total=self._total, text="")
         self._start = time.monotonic()
 
@@ -99,4 +106,9 @@ class _Bar(Silent):
                 text = f"{show_bytes(self._done)} of {show_bytes(self._total)}, {show_bytes(rate)}/s"
             else:
                 text = f"{self._done} of {self._total} {self._unit}"
+            text += f", {self._note}" if self._note else ""
         self._bar.update(self._task, advance=count, text=text)
+
+    def note(self, text: str) -> None:
+        with self._lock:
+            self._note = text

@@ -84,6 +84,10 @@ class Recipe(_Strict):
     tokenizer_source: str | None = None
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     keep: Keep = Keep()
+    fit: Settings = Field(default_factory=dict)
+    """How a method that learns is fitted; its keys are the method's."""
+    data: str | dict[str, str | Settings] | None = None
+    """Unlabeled inputs of every expert, by its name; or a suite, whose `adapt` splits are taken."""
     _located: Located = pydantic.PrivateAttr(default_factory=lambda: Located(None))
     _folder: Path = pydantic.PrivateAttr(default_factory=Path.cwd)
 
@@ -207,8 +211,8 @@ def _check_structure(recipe: Recipe) -> None:
         raise RecipeError(f"{recipe.where('models')}: no model is listed")
     if (recipe.merge_method is None) == (recipe.combine is None):
         raise RecipeError(f"{recipe.where()}: give either merge_method, or combine (with transforms and finish)")
-    if recipe.merge_method is not None and (recipe.transforms or recipe.finish):
-        raise RecipeError(f"{recipe.where('transforms')}: transforms and finish go with combine, not with merge_method")
+    if recipe.merge_method is not None and recipe.transforms:
+        raise RecipeError(f"{recipe.where('transforms')}: transforms go with combine, not with merge_method")
     seen: set[str] = set()
     for index, entry in enumerate(recipe.models or []):
         if entry.model in seen:

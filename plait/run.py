@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,16 +17,15 @@ from typing import Any
 import torch
 
 from plait.card import model_card
-from plait.decide import TensorPlan
-from plait.engine import Engine, Progress, finite
+from plait.engine import Engine, Progress
 from plait.errors import MachineError, RecipeError
-from plait.experts import Input
+from plait.headfiles import head_files
 from plait.plan import Plan, make_plan
 from plait.recipe import Recipe, load_recipe
 from plait.sidefiles import side_files
-from plait.sources.base import TensorSpec
+from plait.state import FACTS, NUMBERS, State, check_fits, load_state
 from plait.units import parse_bytes, show_bytes
-from plait.writer import FolderWriter, ShardFile, index_of, lay_out, shard
+from plait.writer import FolderWriter, ShardFile, index_of, lay_out
 
 FORMAT = 1
 """Version of plait.json."""
@@ -41,6 +41,8 @@ class Merged:
     """Weight file → SHA-256."""
     resumed: int
     """Tensors that an interrupted run had already finished."""
+    notes: tuple[str, ...] = ()
+    """What the plan said that is worth knowing, and what only the merge could tell."""
 
 
 class Silent:
@@ -52,6 +54,9 @@ class Silent:
     def advance(self, count: int) -> None:
         """So many more of them are done."""
 
+    def note(self, text: str) -> None:
+        """How the stage stands."""
+
 
 def merge(
     recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
@@ -62,20 +67,55 @@ def merge(
     device: str = "cpu",
     shard_size: int | str = "5GB",
     overwrite: bool = False,
+    state: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Merged:
     """Merge as the recipe says and write the model to folder `out`, whole or not at all.
 
     `memory` bounds the buffers of the merge (inputs are read by span and not counted); `threads` defaults to the
     processors this process may use. Neither changes a byte of the result. An interrupted merge goes on where it was
-    when called again. Raises RecipeError, CheckpointError, MachineError.
+    when called again. A method that learns takes `state`, the folder of a fit; without one it is fitted first, from
+    the recipe's `data`, and the state is left in `out`/state. Raises RecipeError, CheckpointError, MachineError.
     """
     plan = make_plan(load_recipe(recipe))
     try:
         return run(
             plan, Path(out), memory=parse_bytes(memory, "memory"), threads=threads or usable_threads(), device=device,
-            shard_size=parse_bytes(shard_size, "shard_size"), overwrite=overwrite, progress=progress or Silent(),
+            shard_size=parse_bytes(shard_size, "shard_size"), overwrite=overwrite, state=state,
+            progress=progress or Silent(),
         )  # fmt: skip
+    finally:
+        plan.library.close()
+
+
+def fit(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    out: str | os.PathLike[str],
+    *,
+    memory: int | str = "512MB",
+    threads: int | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    overwrite: bool = False,
+    objective: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    reuse: bool = False,
+    progress: Progress | None = None,
+) -> State:
+    """Learn what the recipe's method needs from the recipe's `data`, and write it to folder `out` as a State.
+
+    `objective`, a function (task, scores [n, classes]) → mean loss, takes the place of the method's own. With `resume`
+    an interrupted fit goes on where it was, to the same bytes; with `reuse` a state in `out` that was learned from the
+    same question is taken as it is. Raises RecipeError, CheckpointError, MachineError.
+    """
+    from plait.learn.fit import fit_plan
+
+    plan = make_plan(load_recipe(recipe))
+    engine = Engine(
+        threads=threads or usable_threads(), memory=parse_bytes(memory, "memory"), device=device,
+        progress=progress or Silent(),
+    )  # fmt: skip
+    try:
+        return fit_plan(plan, Path(out), engine, resume=resume, overwrite=overwrite, objective=objective, reuse=reuse)
     finally:
         plan.library.close()
 
@@ -90,29 +130,65 @@ def run(
     shard_size: int,
     overwrite: bool,
     progress: Progress,
+    state: str | os.PathLike[str] | None = None,
 ) -> Merged:
     """Carry out a plan."""
     refuse_impossible(plan, out, memory)
     shards = lay_out([tensor.spec for tensor in plan.tensors], shard_size, {"format": "pt"})
-    heads = {f"heads/{task}.safetensors": _head_file(task, items, plan) for task, items in sorted(plan.heads.items())}
     engine = Engine(threads=threads, memory=memory, device=device, progress=progress)
-    with FolderWriter(out, _resume_key(plan, shards), shards, overwrite=overwrite) as writer:
+    if out.exists() and not overwrite:  # said before a fit, not after it
+        raise RecipeError(f"{out}: exists already; choose another folder, or add --overwrite to replace it")
+    learned = learned_state(plan, out, engine, state)
+    with FolderWriter(out, _resume_key(plan, shards, learned), shards, overwrite=overwrite) as writer:
         resumed = len(writer.done)
         todo = [tensor for tensor in plan.tensors if tensor.name not in writer.done]
-        state = engine.survey(plan.method, plan.merged, plan.recipe.seed) if todo else None
-        engine.merge(plan.method, todo, plan.recipe.seed, state, writer)
+        explain = plan.method.explain
+        surveyed = engine.survey(plan.method, plan.merged, plan.recipe.seed) if todo or explain else None
+        told = explain(surveyed) if explain is not None and surveyed is not None else {}
+        engine.merge(plan.method, todo, plan.recipe.seed, surveyed, writer, learned)
         hashes = writer.hashes()
         if len(shards) > 1:
             writer.add_file("model.safetensors.index.json", index_of(shards, plan.bytes_out))
-        for name, (file, items) in heads.items():
-            writer.add_file(name, _head_bytes(file, items))
-        for name, content in side_files(plan).items():
+        for name, content in {**head_files(plan, learned), **side_files(plan)}.items():
             writer.add_file(name, content)
-        record = provenance(plan, hashes)
+        if learned is not None:
+            for name in (FACTS, NUMBERS):
+                writer.add_file(f"state/{name}", (learned.folder / name).read_bytes())
+        record = provenance(plan, hashes, learned, told)
         writer.add_file("plait.json", json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n")
         writer.add_file("README.md", model_card(plan, record).encode())
         writer.commit()
-    return Merged(out, plan, hashes, resumed)
+    if learned is not None:
+        learned.close()
+        shutil.rmtree(_fitted(plan, out), ignore_errors=True)
+    return Merged(out, plan, hashes, resumed, (*plan.notes, *told.get("notes", ())))
+
+
+def learned_state(plan: Plan, out: Path, engine: Engine, state: str | os.PathLike[str] | None) -> State | None:
+    """The state to merge with: the one given, else one that is fitted now; None for methods that learn nothing."""
+    if plan.method.learned is None:
+        if state is not None:
+            raise RecipeError(f"--state: {plan.method.name} learns nothing, so it takes no state")
+        return None
+    from plait.learn.fit import fingerprints, fit_plan, vector_settings
+
+    if state is not None:
+        found = load_state(state)
+        names = [model.name for model in plan.models]
+        check_fits(found, plan.method.name, names, fingerprints(plan), vector_settings(plan))
+        return found
+    place = _fitted(plan, out)
+    if (place / FACTS).is_file():  # an interrupted merge had already fitted
+        return load_state(place)
+    return fit_plan(plan, place, engine, resume=True, overwrite=True)
+
+
+def _fitted(plan: Plan, out: Path) -> Path:
+    """Where a merge that fits first keeps the state until the output is whole."""
+    digest = hashlib.sha256(json.dumps(plan.recipe.canonical(), sort_keys=True).encode())
+    for model in plan.opened():
+        digest.update(f"{model.label}\0{model.source.stamp()}\0".encode())
+    return out.parent / f".{out.name}.state-{digest.hexdigest()[:16]}"
 
 
 def refuse_impossible(plan: Plan, out: Path, memory: int) -> None:
@@ -125,7 +201,7 @@ def refuse_impossible(plan: Plan, out: Path, memory: int) -> None:
     need, name = plan.least_memory()
     if need > memory:
         raise MachineError(
-            f"--memory {show_bytes(memory)} is too little: {plan.method.name} needs whole rows of '{name}', "
+            f"--memory {show_bytes(memory)} is too little: {plan.method.name} needs whole rows, or all, of '{name}', "
             f"so at least --memory {-(-need // 10**6)}MB"
         )
 
@@ -147,7 +223,9 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, never)
 
 
-def provenance(plan: Plan, hashes: Mapping[str, str]) -> dict[str, Any]:
+def provenance(
+    plan: Plan, hashes: Mapping[str, str], learned: State | None = None, told: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """plait.json: what was asked, what went in, what came out. The same for the same recipe and inputs, always."""
     return {
         "format": FORMAT,
@@ -163,6 +241,8 @@ def provenance(plan: Plan, hashes: Mapping[str, str]) -> dict[str, Any]:
             for model in plan.opened()
         },
         "outputs": dict(hashes),
+        **({"learned": _learned(learned)} if learned is not None else {}),
+        **({"survey": told} if told else {}),
         "tensors": {
             "merged": len(plan.merged),
             "copied": {t.name: t.reason for t in plan.tensors if t.action == "copy"},
@@ -172,36 +252,21 @@ def provenance(plan: Plan, hashes: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _resume_key(plan: Plan, shards: list[ShardFile]) -> str:
+def _learned(state: State) -> dict[str, Any]:
+    """A state in provenance: what it is, from what, and how its fit ended."""
+    facts = state.facts
+    content = hashlib.sha256((state.folder / NUMBERS).read_bytes()).hexdigest()
+    return {"numbers": content, **{key: facts[key] for key in ("fit", "objective", "split", "data", "summary")}}
+
+
+def _resume_key(plan: Plan, shards: list[ShardFile], learned: State | None = None) -> str:
     """Identifies a run: two runs may share unfinished work only when all of this is equal."""
     digest = hashlib.sha256()
+    if learned is not None:
+        digest.update((learned.folder / NUMBERS).read_bytes())
     digest.update(json.dumps([version("plait"), plan.recipe.canonical()], sort_keys=True).encode())
     for item in shards:
         digest.update(item.name.encode() + item.header)
     for model in plan.opened():
         digest.update(f"{model.label}\0{model.source.stamp()}\0".encode())
     return digest.hexdigest()
-
-
-def _head_file(task: str, items: list[Input], plan: Plan) -> tuple[ShardFile, list[Input]]:
-    model = next(model for model in plan.models if model.name == task)
-    metadata = {"format": "pt", "task": task}
-    if model.labels is not None:
-        metadata["id2label"] = json.dumps(model.labels, ensure_ascii=False)
-    specs = [TensorSpec(item.stored, item.shape, item.dtype) for item in items]
-    return shard(f"{task}.safetensors", specs, metadata), items
-
-
-def _head_bytes(file: ShardFile, items: list[Input]) -> bytes:
-    """A small safetensors file of one task's own tensors, as they are."""
-    content = bytearray(file.size)
-    content[: len(file.header)] = file.header
-    for item in items:
-        spec = TensorSpec(item.stored, item.shape, item.dtype)
-        values = item.read(0, spec.numel)
-        if values.is_floating_point():
-            whole = TensorPlan(item.stored, item.shape, item.dtype, "copy", "head", (item,))
-            finite(values.float(), item, whole, next(iter(whole.grid)))
-        start = file.offsets[item.stored]
-        content[start : start + spec.nbytes] = values.contiguous().view(torch.uint8).numpy().tobytes()
-    return bytes(content)

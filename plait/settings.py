@@ -49,6 +49,8 @@ class Resolver:
                 parameter = self.method.parameters.get(key)
                 if parameter is None:
                     hint = nearest(key, self.method.parameters) or "; it has none"
+                    if self.method.learned is not None and key in self.method.learned.parameters:
+                        hint = f"; {key} stands under fit:"
                     raise RecipeError(f"{where}: {self.method.name} has no parameter '{key}'{hint}")
                 if _is_model_scope(scope.path) and not parameter.per_model:
                     raise RecipeError(

@@ -141,7 +141,7 @@ def merged_data(merged: Merged) -> dict[str, Any]:
         "copied": len(merged.plan.tensors) - len(merged.plan.merged),
         "per_task": sorted(merged.plan.heads),
         "resumed_tensors": merged.resumed,
-        "notes": merged.plan.notes,
+        "notes": list(merged.notes),
     }
 
 
@@ -156,7 +156,7 @@ def merged_text(merged: Merged) -> None:
     )
     if plan.heads:
         out.print(f"heads kept per task: {', '.join(sorted(plan.heads))} (in {merged.path}/heads)", markup=False)
-    _notes(plan.notes, out)
+    _notes(list(merged.notes), out)
 
 
 def methods_data(methods: Mapping[str, MergeMethod]) -> list[dict[str, Any]]:
@@ -173,6 +173,9 @@ def methods_data(methods: Mapping[str, MergeMethod]) -> list[dict[str, Any]]:
                 p.name: {"type": p.describe(), "default": p.default, "required": p.required, "per_model": p.per_model}
                 for p in method.parameters.values()
             },
+            "fit": {p.name: {"type": p.describe(), "default": p.default} for p in method.learned.parameters.values()}
+            if method.learned is not None
+            else None,
         }
         for method in methods.values()
     ]
@@ -198,6 +201,12 @@ def methods_text(methods: Mapping[str, MergeMethod], *, full: bool) -> None:
             default = "required" if parameter.required else str(parameter.default)
             table.add_row(parameter.name, parameter.describe().replace("[", r"\["), default)
         out.print(table)
+        if method.learned is not None:
+            out.print(f"\nlearns from {method.learned.sees} (data:), as fit: says\n")
+            table = Table("fit option", "values", "default", box=None, header_style="bold")
+            for option in method.learned.parameters.values():
+                table.add_row(option.name, option.describe().replace("[", r"\["), str(option.default))
+            out.print(table)
 
 
 def inspect_text(data: dict[str, Any], *, every: bool) -> None:

@@ -39,6 +39,15 @@ def recipe_template(name: str) -> str:
         lines.append(f"  - model: {folder}          # full checkpoint, or a LoRA adapter of the base")
         lines.append(f"    name: {'abc'[k]}                  # optional; keys random draws and names heads/")
     lines += _parameters(method)
+    if method.learned is not None:
+        lines.append("data:                         # inputs to learn from; or the name of a suite")
+        lines += [
+            f"  {'abc'[k]}: ./inputs-{'abc'[k]}".ljust(30) + "# images, or CSV, JSON lines, Parquet"
+            for k in range(count)
+        ]
+        lines.append("fit:                          # how it is learned")
+        for parameter in method.learned.parameters.values():
+            lines.append(f"  {parameter.name}: {_value(name, parameter)}".ljust(30) + f"# {parameter.describe()}")
     lines += [
         "dtype: float32                # type of what is written where out_dtype is not given",
         "out_dtype: base               # base, float32, bfloat16, float16; the arithmetic is always float32",

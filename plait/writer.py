@@ -22,7 +22,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from plait.dtypes import itemsize
+import torch
+
+from plait.dtypes import from_torch, itemsize
 from plait.errors import MachineError, RecipeError
 from plait.sources.base import TensorSpec
 
@@ -301,3 +303,16 @@ def _exchange(new: Path, old: Path) -> None:
     os.rename(old, aside)
     os.rename(new, old)
     os.rename(aside, new)
+
+
+def small_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file of tensors in memory. The same tensors give the same bytes."""
+    specs = [TensorSpec(name, tuple(value.shape), from_torch(value.dtype)) for name, value in tensors.items()]
+    file = shard("", specs, {"format": "pt", **(metadata or {})})
+    content = bytearray(file.size)
+    content[: len(file.header)] = file.header
+    for spec in specs:
+        start = file.offsets[spec.name]
+        flat = tensors[spec.name].detach().cpu().contiguous().reshape(-1)
+        content[start : start + spec.nbytes] = flat.view(torch.uint8).numpy().tobytes()
+    return bytes(content)

@@ -109,6 +109,10 @@ class TestInit:
         assert written["merge_method"] == name
         assert set(written.get("parameters", {})) == set(method.parameters), "every parameter is shown"
         assert ("base_model" in written) == (method.base != "unused")
+        if method.learned is not None:
+            assert set(written["fit"]) == set(method.learned.parameters)
+            assert call("check", path).code == 0
+            return
         made = call("merge", path, tmp_path / "out")
         assert (made.code, made.err) == (0, "")
         got, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", models / "base"))

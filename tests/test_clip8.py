@@ -24,9 +24,10 @@ from torch import Tensor
 import plait.evaluate.subjects
 from plait.errors import CheckpointError, RecipeError
 from plait.evaluate.measure import Bench, Options
-from plait.evaluate.subjects import Subject, suite_head
+from plait.evaluate.subjects import Subject
 from plait.models import zero_shot
 from plait.models.net import Sample, load_net
+from plait.models.outfit import suite_head
 from plait.run import merge
 from plait.suites.data import load_split
 from plait.suites.definition import Suite, suite_of

@@ -412,7 +412,7 @@ def test_an_image_that_is_missing(tmp_path: Path) -> None:
 
 def test_a_folder_without_images(tmp_path: Path) -> None:
     (tmp_path / "images" / "a").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="images: holds no images in folders named by class; give such a folder"):
+    with pytest.raises(CheckpointError, match="images: holds no images, alone or in folders named by class"):
         split_of("images", tmp_path)
 
 

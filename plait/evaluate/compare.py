@@ -17,7 +17,9 @@ from plait.evaluate.metrics import difference
 from plait.evaluate.results import Comparison, Difference, Evaluation, Row
 from plait.evaluate.subjects import Subject
 from plait.recipe import Recipe
-from plait.run import Merged, merge
+from plait.run import Merged, fit, merge
+from plait.show_state import state_data
+from plait.state import State
 
 BASELINE = "task_arithmetic"
 STANDARDS = {"average": {}, "task_arithmetic": {"weight": 0.3}}
@@ -129,14 +131,44 @@ def _measured(item: Contender, bench: Bench, folder: Path, means: Means) -> Row:
     if item.recipe is None:
         assert item.model is not None
         return _row(item.label, "model", bench.evaluate(Subject.model(suite, item.model, item.label)))
+    state = _fitted(item.recipe, folder.parent.parent / "states" / item.slug, bench, means)
     start = time.perf_counter()
     merged = merge(
         item.recipe, folder, memory=means.memory, threads=means.threads, device=means.device, overwrite=True,
-        progress=bench.progress,
+        state=state.folder if state is not None else None, progress=bench.progress,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     evaluation = bench.evaluate(Subject.model(suite, str(folder), item.label))
-    return _row(item.label, "merge", evaluation, merged, seconds)
+    row = _row(item.label, "merge", evaluation, merged, seconds, saw(state))
+    if state is None:
+        return row
+    return row.model_copy(update={"fit_seconds": state.seconds, "learned": _learned(state)})
+
+
+def _fitted(recipe: Recipe, place: Path, bench: Bench, means: Means) -> State | None:
+    """The state of a method that learns: as it lies there from an earlier comparison, or fitted now."""
+    from plait.methods.compose import method_of
+
+    if method_of(recipe)[0].learned is None:
+        return None
+    return fit(
+        recipe, place, memory=means.memory, threads=means.threads, device=means.device, resume=True, overwrite=True,
+        reuse=True, progress=bench.progress,
+    )  # fmt: skip
+
+
+def saw(state: State | None) -> str:
+    """What data a method saw, for the table."""
+    if state is None:
+        return "none"
+    inputs = sum(item["inputs"] for item in state.facts["data"].values())
+    return f"{inputs} {state.facts['sees']}{' of the test split' if state.facts['split'] == 'test' else ''}"
+
+
+def _learned(state: State) -> dict[str, Any]:
+    keys = ("method", "tasks", "fit", "objective", "data", "split", "summary", "history")
+    found = state_data(state)
+    return {**{key: found[key] for key in keys}, "coefficients": found["coefficients"], "masks": found["masks"]}
 
 
 def _row(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import RecipeError, nearest
-from plait.methods import all_methods
+from plait.methods import all_methods, get_method
+from plait.methods.contract import split_settings
 from plait.recipe import Recipe, load_recipe
 from plait.sources import find_local, looks_like_hub_id
 from plait.suites.definition import Suite
@@ -60,8 +61,9 @@ def contender(spec: str, suite: Suite) -> Contender:
 
 
 def by_method(method: str, suite: Suite, parameters: Mapping[str, Any] | None = None) -> Recipe:
-    """The suite's experts merged by a method."""
-    return load_recipe(suite.recipe(method, parameters))
+    """The suite's experts merged by a method. What a learned method is fitted with stands among its parameters."""
+    data = {"data": suite.inputs()} if get_method(method).learned is not None else {}
+    return load_recipe({**suite.recipe(method), **split_settings(method, parameters or {}), **data})
 
 
 def suite_recipe(source: Path, suite: Suite) -> Recipe:
@@ -73,7 +75,18 @@ def suite_recipe(source: Path, suite: Suite) -> Recipe:
     if listed:
         return load_recipe(source)
     plain = suite.recipe("", None)
-    return load_recipe(source, {"base_model": plain["base_model"], "models": plain["models"]})
+    data = {"data": suite.inputs()} if _learns(data) else {}
+    return load_recipe(source, {"base_model": plain["base_model"], "models": plain["models"], **data})
+
+
+def _learns(data: Any) -> bool:
+    """Whether a recipe's method learns; a recipe that spells its own is asked by its combine."""
+    if not isinstance(data, Mapping):
+        return False
+    combine = data.get("combine")
+    named = data.get("merge_method") or (next(iter(combine), None) if isinstance(combine, Mapping) else combine)
+    found = all_methods().get(str(named))
+    return found is not None and found.learned is not None
 
 
 def value_of(text: str) -> Any:

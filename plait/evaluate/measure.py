@@ -20,6 +20,7 @@ from plait.evaluate.results import Evaluation, Interval, ModelFacts, Protocol, S
 from plait.evaluate.subjects import Options, Subject
 from plait.models.answers import AnswerNet
 from plait.models.net import Net, Sample
+from plait.models.outfit import question
 from plait.run import Silent
 from plait.suites.data import Split, check_disjoint, load_split
 from plait.suites.definition import Suite
@@ -88,7 +89,7 @@ class Bench:
 
     def _assemble(self, subject: Subject, tasks: list[str], experts: Mapping[str, TaskResult]) -> Evaluation:
         facts = self.facts(tasks)
-        protocol = self._protocol("model" if subject.is_expert else "head")
+        protocol = self._protocol(subject.task_id(tasks))
         key = digests.digest(
             [subject.fingerprint(tasks), facts.fingerprint, protocol.model_dump(), self.task_options(tasks)]
         )
@@ -137,7 +138,7 @@ class Bench:
 
     @torch.inference_mode()
     def _answer(self, net: Net, picked: list[tuple[str, int]]) -> list[tuple[str, int, Any]]:
-        samples = [Sample(task, self._value(net, task, row)) for task, row in picked]
+        samples = [Sample(task, question(net, self.suite, task, self.splits[task], row)) for task, row in picked]
         if isinstance(net, AnswerNet):
             told = [i for i, (task, _) in enumerate(picked) if self._generates(task)]
             texts = dict(zip(told, net.generate([samples[i].value for i in told]) if told else [], strict=True))
@@ -154,27 +155,6 @@ class Bench:
             values = scores[:, 0] if scores.shape[1] == 1 else scores.argmax(dim=1)
             found += [(task, row, value) for row, value in zip(rows, values.tolist(), strict=True)]
         return found
-
-    def _value(self, net: Net, task: str, row: int) -> Any:
-        if not isinstance(net, AnswerNet):
-            return self.splits[task][row]
-        prompt = self.suite.tasks[task].prompt
-        columns = self.splits[task].columns(row)
-        if prompt is None:
-            return next(iter(columns.values()))
-        try:
-            return prompt.format(**{"text": next(iter(columns.values())), **columns})
-        except KeyError as error:
-            known = ", ".join(f"{{{name}}}" for name in dict.fromkeys([*columns, "text"]))
-            raise RecipeError(
-                f"{self.suite.where('tasks', task, 'prompt')}: names {error}, which is not an input column; write "
-                f"{known}, or add the column to input:"
-            ) from None
-        except (IndexError, ValueError, AttributeError, TypeError) as error:
-            raise RecipeError(
-                f"{self.suite.where('tasks', task, 'prompt')}: is no template ({error}); columns stand in braces by "
-                "name, and a brace that means itself is written twice"
-            ) from None
 
     def _check_metrics(self, task: str, net: Net) -> None:
         """Refuse metrics that mean nothing for the answers of this model."""

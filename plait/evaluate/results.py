@@ -118,6 +118,10 @@ class Row(_Data):
     """The recipe that was merged, in canonical form."""
     evaluation: Evaluation
     merge_seconds: float | None
+    """Without the fit, where there is one."""
+    fit_seconds: float | None = None
+    learned: dict[str, Any] | None = None
+    """What was learned: {method, tasks, fit, data, summary, history, coefficients, masks}."""
     data: str
     """What data the method saw: `none`, `unlabeled inputs`, …"""
     difference: Difference | None

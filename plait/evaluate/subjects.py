@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plait import digests
-from plait.errors import CheckpointError, RecipeError
 from plait.evaluate.results import ModelFacts
 from plait.models.families import family_of
-from plait.models.heads import Head, head_of, id2label_names, read_head
+from plait.models.heads import Head, corrects, read_head
 from plait.models.net import Net, load_net, read_config
-from plait.sources import LowRankSource, TensorSpec, open_source
+from plait.models.outfit import base_folder, head_file, outfit, pooling_of, source_folder, suite_head
+from plait.sources import LowRankSource, open_source
 from plait.suites.definition import Suite
 from plait.suites.places import cache_folder
 
@@ -73,26 +73,25 @@ class Subject:
         heads = {task: self._head_digest(task) for task in tasks}
         return digests.digest([digests.folder_digest(self.folder), self._processor_digest(), heads])
 
+    def task_id(self, tasks: list[str]) -> Literal["head", "model"]:
+        """What a sample's task chooses: its head alone, or part of the model too."""
+        files = [self.folder / "heads" / f"{task}.safetensors" for task in tasks]
+        return "model" if self.is_expert or any(corrects(path) for path in files if path.is_file()) else "head"
+
     def load(
         self, tasks: list[str], classes: Mapping[str, list[str] | None], options: Options
     ) -> tuple[Net, dict[str, Origin]]:
         """The net with all heads it needs, and where each head came from."""
         import torch
 
-        from plait.models.answers import AnswerNet
-
         suite = self.suite
         net = load_net(
             self.folder, self.label, processor_from=base_folder(suite), pooling=pooling_of(suite),
             max_length=suite.max_length, dtype=getattr(torch, options.dtype), device=options.device,
         )  # fmt: skip
-        if net.family.answers != "head":
-            answering = AnswerNet(net.body, net.family, net.processor, net.pooling, net.max_length)
-            answering.answers = {task: _answers(suite, task, classes[task]) for task in tasks}
-            return answering, dict.fromkeys(tasks, "none")
-        found = {task: self._head(task, classes[task]) for task in tasks}
-        net.add_heads({task: head for task, (head, _) in found.items()}, classes)
-        return net, {task: origin for task, (_, origin) in found.items()}
+        found = {task: self._head(task, classes[task]) for task in tasks} if net.family.answers == "head" else {}
+        net = outfit(net, suite, {task: classes[task] for task in tasks}, lambda task: found[task][0])
+        return net, {task: found[task][1] if found else "none" for task in tasks}
 
     def facts(self, net: Net) -> ModelFacts:
         """The model in a result."""
@@ -147,88 +146,6 @@ class Subject:
 
     def _is_expert_of(self, task: str) -> bool:
         return self.suite.place(self.suite.tasks[task].expert) == self.suite.place(self.path or "")
-
-
-def base_folder(suite: Suite) -> Path:
-    """The local folder of a suite's base."""
-    return source_folder(suite.place(suite.base))
-
-
-def pooling_of(suite: Suite) -> Any:
-    """What text heads read: as the suite says, else as the experts' architecture does."""
-    if suite.pooling is not None:
-        return suite.pooling
-    folder = source_folder(suite.place(next(iter(suite.tasks.values())).expert))
-    if not (folder / "config.json").is_file():
-        folder = base_folder(suite)
-    config = read_config(folder, str(folder))
-    return family_of(config, str(folder)).pooling(config)
-
-
-def suite_head(suite: Suite, task: str, classes: list[str] | None) -> Head:
-    """A task's head as the suite has it: its own file, zero-shot from the text tower, or the expert's."""
-    entry = suite.tasks[task]
-    if entry.head == "zero_shot":
-        from plait.models.zero_shot import zero_shot_head
-
-        return zero_shot_head(suite, task, classes)
-    if entry.head is not None:
-        return read_head(head_file(suite, task))
-    return expert_head(suite, task)
-
-
-def head_file(suite: Suite, task: str) -> Path:
-    """The file that a task's `head:` names."""
-    path = Path(suite.place(suite.tasks[task].head or ""))
-    if not path.is_file():
-        raise RecipeError(
-            f"{suite.where('tasks', task, 'head')}: no such file: {path}; give a safetensors file, seen from the "
-            "suite's folder, or zero_shot"
-        )
-    return path
-
-
-def expert_head(suite: Suite, task: str) -> Head:
-    """The tensors that only the task's expert has."""
-    from plait.plan import make_plan
-    from plait.recipe import load_recipe
-
-    part = suite.only([task])
-    plan = make_plan(load_recipe(part.recipe("task_arithmetic")))
-    try:
-        items = plan.heads.get(task)
-        if not items:
-            raise CheckpointError(
-                f"{suite.where('tasks', task)}: the expert {suite.tasks[task].expert} brings no head of its own; "
-                "name the head's file with head:"
-            )
-        tensors = {
-            i.stored: i.read(0, TensorSpec(i.stored, i.shape, i.dtype).numel).reshape(i.shape).clone() for i in items
-        }
-        labels = next(model for model in plan.models if model.name == task).labels
-        return head_of(tensors, suite.place(suite.tasks[task].expert), id2label_names(labels))
-    finally:
-        plan.library.close()
-
-
-def _answers(suite: Suite, task: str, classes: list[str] | None) -> list[str]:
-    entry = suite.tasks[task]
-    found = entry.answers or classes
-    if found is None and "exact_match" not in entry.metrics:
-        raise RecipeError(
-            f"{suite.where('tasks', task)}: a model that answers in text needs the possible answers; add answers:, or "
-            "metrics: [exact_match]"
-        )
-    return found or []
-
-
-def source_folder(spec: str) -> Path:
-    """The local folder of a model."""
-    source = open_source(spec)
-    try:
-        return source.folder
-    finally:
-        source.close()
 
 
 def family_name(suite: Suite) -> str:

@@ -21,7 +21,8 @@ from plait.evaluate.contenders import Contender, value_of
 from plait.evaluate.measure import Bench
 from plait.evaluate.metrics import interval
 from plait.evaluate.results import Evaluation, Interval, Point, Sweep
-from plait.evaluate.subjects import Subject, source_folder
+from plait.evaluate.subjects import Subject
+from plait.models.outfit import source_folder
 from plait.recipe import Recipe, load_recipe
 from plait.run import merge
 

@@ -25,7 +25,18 @@ _STYLES = {"expert": "dim", "base": "dim"}
 def comparison_rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and cells of a comparison."""
     tasks = found.suite.tasks
-    header = ["model", *tasks, "average", "normalised", f"against {found.baseline}", "merge", "size", "data", "task id"]
+    header = [
+        "model",
+        *tasks,
+        "average",
+        "normalised",
+        f"against {found.baseline}",
+        "fit",
+        "merge",
+        "size",
+        "data",
+        "task id",
+    ]
     return header, [_cells(row, tasks) for row in found.rows]
 
 
@@ -60,13 +71,23 @@ def comparison_csv(found: Comparison) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     ends = ("average", "average_low", "average_high", "normalised", "normalised_low", "normalised_high")
-    more = ("difference", "difference_low", "difference_high", "p", "merge_seconds", "bytes", "data", "task_id")
+    more = (
+        "difference",
+        "difference_low",
+        "difference_high",
+        "p",
+        "fit_seconds",
+        "merge_seconds",
+        "bytes",
+        "data",
+        "task_id",
+    )
     writer.writerow(["model", "kind", *found.suite.tasks, *ends, *more])
     for row in found.rows:
         e, d = row.evaluation, row.difference
         scores = [e.tasks[task].score.value for task in found.suite.tasks]
         tested = [None] * 4 if d is None else [d.value, d.low, d.high, d.p]
-        facts = [row.merge_seconds, e.model.bytes, row.data, e.protocol.task_id]
+        facts = [row.fit_seconds, row.merge_seconds, e.model.bytes, row.data, e.protocol.task_id]
         cells = [row.label, row.kind, *scores, *_three(e.average), *_three(e.normalised), *tested, *facts]
         writer.writerow(["" if cell is None else cell for cell in cells])
     return out.getvalue()
@@ -113,7 +134,8 @@ def _cells(row: Row, tasks: list[str]) -> list[str]:
     against = "" if d is None else f"{100 * d.value:+.1f}{'*' if d.p < SIGNIFICANT else ''}"
     return [
         row.label, *(_percent(e.tasks[task].score.value) for task in tasks), _spread(e.average), _spread(e.normalised),
-        against, show_seconds(row.merge_seconds) if row.merge_seconds is not None else "", show_bytes(e.model.bytes),
+        against, show_seconds(row.fit_seconds) if row.fit_seconds is not None else "",
+        show_seconds(row.merge_seconds) if row.merge_seconds is not None else "", show_bytes(e.model.bytes),
         row.data, e.protocol.task_id,
     ]  # fmt: skip
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import linear, normalize, relu
 
 from plait.errors import CheckpointError
 from plait.sources import SafetensorsSource
 
 _KNOWN = "classifier, score, head, fc, classifier.dense + classifier.out_proj, or text_embeddings"
+DOWN, UP = "surgery.down", "surgery.up"
+"""A head may bring a correction of the features that it reads (representation surgery, arXiv:2402.02705)."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Head:
     def __call__(self, features: Tensor) -> Tensor:
         """[n, width] → [n, classes], differentiable in the features."""
         t = self.tensors
+        if DOWN in t:
+            features = corrected(features, t[DOWN], t[UP])
         if "text_embeddings" in t:  # zero-shot: cosine with every class's text, times the learned temperature
             image = normalize(linear(features, t["visual_projection.weight"]), dim=-1)
             scores = t["logit_scale"].exp() * image @ t["text_embeddings"].T
@@ -74,6 +78,20 @@ class Head:
 
     def _last(self, *names: str) -> Tensor:
         return next(self.tensors[name] for name in names if name in self.tensors)
+
+
+def corrected(features: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """z − W_up ReLU(W_down z): features [n, width], down [rank, width], up [width, rank]."""
+    return features - linear(relu(linear(features, down)), up)
+
+
+def corrects(path: Path) -> bool:
+    """Whether a head's file holds a correction: one for each task, so the model is told the task."""
+    source = SafetensorsSource(path, str(path))
+    try:
+        return DOWN in source.specs
+    finally:
+        source.close()
 
 
 def head_of(tensors: Mapping[str, Tensor], origin: str, names: list[str] | None = None) -> Head:

@@ -216,7 +216,7 @@ def _read(suite: Suite, entry: DataEntry) -> Any:
 
 
 def _read_folder(path: Path, options: dict[str, Any]) -> Any:
-    """An image folder: one folder of images for every class, whose name is the class."""
+    """An image folder: one folder of images for every class, whose name is the class; or images alone, unlabeled."""
     import datasets
 
     files, labels = [], []
@@ -228,7 +228,12 @@ def _read_folder(path: Path, options: dict[str, Any]) -> Any:
             files += [str(Path(root) / file) for file in images]
             labels += [index] * len(images)
     if not files:
-        raise CheckpointError(f"{path}: holds no images in folders named by class; give such a folder, or a data file")
+        files = [str(item) for item in sorted(path.iterdir()) if item.suffix.lower() in _IMAGE_SUFFIXES]
+        if not files:
+            raise CheckpointError(
+                f"{path}: holds no images, alone or in folders named by class; give such a folder, or a data file"
+            )
+        return datasets.Dataset.from_dict({"image": files}, features=datasets.Features({"image": datasets.Image()}))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     return datasets.Dataset.from_dict({"image": files, "label": labels}, features=features)
 

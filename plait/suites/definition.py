@@ -85,6 +85,7 @@ class Suite(_Strict):
     tasks: dict[str, TaskEntry] = Field(min_length=1)
     _located: Located = pydantic.PrivateAttr(default_factory=lambda: Located(None))
     _folder: Path = pydantic.PrivateAttr(default_factory=Path.cwd)
+    _file: Path | None = pydantic.PrivateAttr(default=None)
 
     @property
     def folder(self) -> Path:
@@ -103,7 +104,7 @@ class Suite(_Strict):
             if task not in self.tasks:
                 raise RecipeError(f"{self.name}: the suite has no task '{task}'{nearest(task, self.tasks)}")
         part = self.model_copy(update={"tasks": {task: self.tasks[task] for task in self.tasks if task in tasks}})
-        part._located, part._folder = self._located, self._folder
+        part._located, part._folder, part._file = self._located, self._folder, self._file
         return part
 
     def place(self, spec: str) -> str:
@@ -112,6 +113,23 @@ class Suite(_Strict):
 
         found = find_local(spec, self.folder)
         return str(found.resolve()) if found is not None else spec
+
+    def inputs(self) -> Any:
+        """What a recipe's `data:` says to learn from this suite: its file, or its inputs spelled out."""
+        if self._file is not None:
+            return str(self._file)
+        found = {}
+        for name, task in self.tasks.items():
+            if "adapt" not in task.data:
+                raise RecipeError(f"{self.where('tasks', name, 'data')}: has no adapt split; add adapt: there")
+            entry = task.data["adapt"].model_dump(exclude_none=True, exclude_defaults=True)
+            if "path" in entry:
+                entry["path"] = self.place(entry["path"])
+            own = task.model_dump(include={"head", "classes", "templates", "prompt", "answers"}, exclude_unset=True)
+            if own.get("head") not in (None, "zero_shot"):
+                own["head"] = self.place(own["head"])
+            found[name] = {**entry, **{key: value for key, value in own.items() if value is not None}}
+        return found
 
     def recipe(self, method: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The recipe that merges this suite's experts by a method."""
@@ -130,7 +148,9 @@ def suite_of(data: Mapping[str, Any], folder: Path | None = None) -> Suite:
 
 def read_suite(path: Path) -> Suite:
     """A suite from its YAML file. Raises RecipeError naming file, line and key."""
-    return _validate(yamlfile.parse_file(path), path.resolve().parent, path.resolve().parent.name)
+    suite = _validate(yamlfile.parse_file(path), path.resolve().parent, path.resolve().parent.name)
+    suite._file = path.resolve()
+    return suite
 
 
 def _validate(located: Located, folder: Path, name: str) -> Suite:

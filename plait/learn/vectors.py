@@ -1,0 +1,95 @@
+"""The task vectors that a fit needs again and again: written once to a mapped scratch file, read as a stream.
+
+A step needs base + λ·V and V·gradient of one tensor after the other, so nothing is held K times: what stays in memory
+is the operating system's cache, which gives way.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from plait.decide import TensorPlan
+from plait.engine import Engine
+from plait.methods.stream import Stream
+from plait.plan import Plan
+
+_ALIGN = 64
+
+
+class TaskVectors:
+    """θ0 [n] and the K vectors [K, n] of every merged tensor, float32. Tensors that no expert changes are left out."""
+
+    def __init__(self, plan: Plan, engine: Engine, path: Path, vectors: Callable[..., Stream]) -> None:
+        self.tasks = [model.name for model in plan.models]
+        by_key = {tensor.key: tensor for tensor in plan.merged}
+        self._tensors = {key: by_key[key] for key in sorted(by_key)}
+        count = len(self.tasks)
+        self._places: dict[str, int] = {}
+        at = 0
+        for key, tensor in self._tensors.items():
+            self._places[key] = at
+            at += -(-tensor.spec.numel * (count + 1) // _ALIGN) * _ALIGN
+        with open(path, "wb") as file:
+            file.truncate(max(at, 1) * 4)
+        self._map = np.memmap(path, np.float32, "r+")
+        state = engine.survey(plan.method, plan.merged, plan.recipe.seed)
+        changed: dict[str, bool] = {}
+
+        def write(tensor: TensorPlan) -> None:
+            changed[tensor.key] = self._write(tensor, engine, plan.recipe.seed, state, vectors)
+
+        engine.progress.stage("task vectors", sum(tensor.bytes_in for tensor in self._tensors.values()))
+        engine.each(list(self._tensors.values()), write)
+        self._map.flush()
+        self._map = np.memmap(path, np.float32, "r")
+        # What no step reads is not kept: frozen layers leave holes in the file.
+        self.names = [key for key in self._tensors if changed[key]]
+        if hasattr(self._map._mmap, "madvise"):  # type: ignore[attr-defined]
+            self._map._mmap.madvise(mmap.MADV_WILLNEED)  # type: ignore[attr-defined]
+
+    def base(self, name: str) -> torch.Tensor:
+        """[n]: θ0. Not to be written into."""
+        place, size = self._places[name], self._tensors[name].spec.numel
+        return self._read(place, size)
+
+    def rows(self, name: str) -> torch.Tensor:
+        """[K, n]: the vectors. Not to be written into."""
+        place, size = self._places[name], self._tensors[name].spec.numel
+        return self._read(place + size, size * len(self.tasks)).view(len(self.tasks), size)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the tensor."""
+        return self._tensors[name].shape
+
+    def size(self) -> int:
+        """Entries of all tensors that some expert changes."""
+        return sum(self._tensors[name].spec.numel for name in self.names)
+
+    def _read(self, place: int, size: int) -> torch.Tensor:
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch notes that the map is read-only; so it should be
+            return torch.from_numpy(self._map[place : place + size])
+
+    def _write(self, tensor: TensorPlan, engine: Engine, seed: int, state: Any, vectors: Callable[..., Stream]) -> bool:
+        block = engine.block(tensor, seed, state)
+        stream = vectors(block, **tensor.keywords)
+        place, size = self._places[tensor.key], tensor.spec.numel
+        changed = False
+        for piece in tensor.grid:
+            values = stream(piece)
+            if torch.count_nonzero(values):
+                changed = True
+                for k, row in enumerate(values):
+                    start = place + size * (k + 1) + piece.start
+                    self._map[start : start + piece.numel] = row.float().cpu().numpy()
+            self._map[place + piece.start : place + piece.stop] = block.base(piece).float().cpu().numpy()
+            engine.progress.advance(int(tensor.bytes_in * piece.numel / max(size, 1)))
+        return changed
