@@ -454,7 +454,7 @@ class TestMethods:
         assert data["della"]["scope"] == "row"
         (slerp,) = call("methods", "slerp", "--json").data
         assert slerp == data["slerp"]
-        assert set(slerp) == {"name", "summary", "paper", "base", "experts", "scope", "parameters"}
+        assert set(slerp) == {"name", "summary", "paper", "base", "experts", "scope", "parameters", "fit"}
         assert (slerp["base"], slerp["experts"]) == ("required", [1, 1])
         assert slerp["parameters"] == {
             "t": {"type": "number in [0, 1]", "default": None, "required": True, "per_model": False}

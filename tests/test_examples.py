@@ -19,6 +19,7 @@ from plait.errors import RecipeError
 from plait.evaluate.sweep import parse_axis
 from plait.methods import all_methods
 from plait.methods.compose import method_of
+from plait.plan import fit_options
 from plait.recipe import Recipe, load_recipe
 from plait.settings import Resolver
 from plait.suites.definition import read_suite, suite_of
@@ -47,6 +48,7 @@ def check(data: Any) -> None:
     """All that can be checked without the models; RecipeError otherwise."""
     method, recipe = method_of(load_recipe(data))
     Resolver(recipe, method, recipe.names()).check_names()
+    fit_options(recipe, method)
     if method.base == "required" and recipe.base_model is None:
         raise RecipeError(f"{method.name} needs base_model")
     least, most = method.experts
@@ -107,9 +109,9 @@ def check_command(words: list[str]) -> None:
     if "--help" in rest:
         return
     given = {} if verb == "suite" else group.commands[verb].make_context(verb, rest).params
-    if verb == "merge":
-        keys = ("where", "method", "base", "expert", "settings", "dtype", "seed")
-        recipe, _ = cli._recipe_and_out(*(given[key] for key in keys))
+    if verb in ("merge", "fit"):
+        keys = ("where", "method", "base", "expert", "settings", "dtype", "seed", "data")
+        recipe, _ = cli._recipe_and_out(*(given.get(key) for key in keys))
         if given["method"] is not None:
             check(recipe)
     elif verb == "suite":

@@ -18,6 +18,7 @@ from plait.methods import Block, get_method
 from plait.methods.compose import method_of
 from plait.methods.finishes import svc
 from plait.methods.matrices import is_matrix, orthogonal, svd
+from plait.methods.spectral import singular_parts, singular_vectors
 from plait.methods.wudi import is_linear
 from plait.recipe import load_recipe
 
@@ -375,3 +376,26 @@ def test_memory_of_a_matrix_is_asked_for_whole(llama: dict[str, Path]) -> None:
     matrix, table = by_name["model.layers.0.mlp.up_proj.weight"], by_name["model.embed_tokens.weight"]
     assert len(matrix.grid) == 1
     assert matrix.working_bytes() / matrix.grid.numel > table.working_bytes() / table.grid.numel
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (9,), (6, 3, 2, 2)])
+def test_the_parts_of_tsv_m_add_up_to_it_and_do_not_meet(shape: tuple[int, ...]) -> None:
+    base, models = make(shape)
+    block = Block.of(models, base, name="layer.0.weight", scope="tensor")
+    parts = singular_parts(block, block.deltas).gather()
+    whole = singular_vectors(block, block.deltas).gather()
+    assert torch.allclose(parts.sum(0), whole, atol=1e-12)
+    if len(shape) > 1:
+        left, right = (part.reshape(shape[0], -1) for part in parts[:2])
+        assert float((left.T @ right).abs().max()) < 1e-12
+        assert float((left @ right.T).abs().max()) < 1e-12
+
+
+def test_parts_of_frozen_tensors_and_still_experts() -> None:
+    base, models = make((8, 8))
+    block = Block.of([base, base, base], base, name="layer.0.weight", scope="tensor")
+    assert not singular_parts(block, block.deltas).gather().any()
+    block = Block.of([base, models[0], models[1]], base, name="layer.0.weight", scope="tensor")
+    parts = singular_parts(block, block.deltas).gather()
+    assert not parts[0].any()
+    assert torch.isfinite(parts).all()

@@ -161,7 +161,8 @@ def saw(state: State | None) -> str:
     """What data a method saw, for the table."""
     if state is None:
         return "none"
-    inputs = sum(item["inputs"] for item in state.facts["data"].values())
+    used = state.facts["summary"].get("inputs")  # of a method that takes so many and no more
+    inputs = sum(used.values()) if used else sum(item["inputs"] for item in state.facts["data"].values())
     return f"{inputs} {state.facts['sees']}{' of the test split' if state.facts['split'] == 'test' else ''}"
 
 

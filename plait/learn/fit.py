@@ -84,8 +84,6 @@ def _learn(plan: Plan, engine: Engine, inputs: Inputs, work: Path, objective: Cu
     bench = Workbench(plan, engine, inputs, plan.fit)
     vectors = TaskVectors(plan, engine, work / "vectors.bin", plan.method.learned.vectors)
     session = Session(bench, vectors, plan.fit, plan.recipe.seed, work, objective)
-    if not inputs.pairs:
-        session.ask_experts(everything=getattr(plan.fit, "objective", "") == "agreement")
     return learner_of(plan.method.learned.learner)(session)
 
 

@@ -1,9 +1,9 @@
 """Whether a fit is still getting better, told from unlabeled inputs: a falling loss says nothing.
 
-On inputs that are only watched, the merged model answers beside each task's own expert. The divergence KL(expert ‖ merged)
-says best how good a state is (docs/LOG.md) and chooses among them. Beside it stand agreement (share of equal answers), the
-entropy of the mean prediction (falls when one class swallows the others), and the entropy of single predictions (below
-the expert's own it is over-confidence, not skill).
+On inputs that are only watched, the merged model answers beside each task's own expert. The divergence
+KL(expert ‖ merged) says best how good a state is (docs/LOG.md) and chooses among them. Beside it stand agreement (share
+of equal answers), the entropy of the mean prediction (falls when one class swallows the others), and the entropy of
+single predictions (below the expert's own it is over-confidence, not skill).
 """
 
 from __future__ import annotations

@@ -35,9 +35,13 @@ class Session:
     experts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     """Task → row → the expert's scores, where something asks for them."""
 
-    def ask_experts(self, everything: bool) -> None:
-        """Have every task's expert answer: the watched inputs, or all."""
+    def ask_experts(self, everything: bool | None = None) -> None:
+        """Have every task's expert answer: the watched inputs, or all (as the objective needs, when not said)."""
         inputs = self.bench.inputs
+        if inputs.pairs:
+            return
+        if everything is None:
+            everything = getattr(self.options, "objective", "") == "agreement"
         rows = {
             task: [*inputs.watch[task].tolist(), *(inputs.learn[task].tolist() if everything else [])]
             for task in inputs.tasks
@@ -59,10 +63,10 @@ class Session:
         return lambda task, out, rows: kind(out, options.temperature)
 
     def guard(self) -> Guard | None:
-        """A guard over the watched inputs; none where there are no answers to compare."""
-        if self.bench.inputs.pairs:
-            return None
+        """A guard over the watched inputs; none where no answers can be compared, or too few inputs to spare any."""
         watch = self.bench.inputs.watch
+        if not self.experts or not all(len(rows) for rows in watch.values()):
+            return None
         rows = {task: torch.stack([self.experts[task][row] for row in watch[task].tolist()]) for task in watch}
         return Guard(rows, stops=self.options.guard)
 
@@ -82,6 +86,7 @@ class Outcome:
 
 def coefficients(session: Session) -> Outcome:
     """AdaMerging and its kin."""
+    session.ask_experts()
     learner = Coefficients(session.bench, session.vectors, session.options, session.loss())
     guard = session.guard()
     history = session.run(learner, guard, session.options.steps, "coefficients")
@@ -90,6 +95,7 @@ def coefficients(session: Session) -> Outcome:
 
 def mask(session: Session) -> Outcome:
     """Concrete task arithmetic."""
+    session.ask_experts()
     learner = ConcreteTaskArithmetic(session.bench, session.vectors, session.options, session.loss(), session.seed)
     guard = session.guard()
     history = session.run(learner, guard, session.options.steps, "mask")
@@ -99,6 +105,7 @@ def mask(session: Session) -> Outcome:
 
 def bilevel(session: Session) -> Outcome:
     """Concrete AdaMerging: the mask in turn with the coefficients, then the coefficients on the finished mask."""
+    session.ask_experts()
     options, loss = session.options, session.loss()
     first = ConcreteAdaMerging(session.bench, session.vectors, options, loss, session.seed)
     guard = session.guard()
@@ -167,6 +174,7 @@ def measured(found: Callable[..., tuple[dict[str, Tensor], dict[str, Any]]]) -> 
 
 def corrections(session: Session) -> Outcome:
     """Representation surgery; judged, as all else, by agreement with the experts on watched inputs."""
+    session.ask_experts()
     bench, guard = session.bench, session.guard()
     found = surgery.operate(bench, session.vectors, session.options)
     summary: dict[str, Any] = {"distance": surgery.facts(found), "labels": surgery.head_labels(bench)}

@@ -45,8 +45,8 @@ class Fit:
 
     protocol: Literal["honest", "paper"] = "honest"
     objective: Objective = "agreement"
-    steps: Count = 100
-    lr: Rate = 1e-2
+    steps: Count = 80
+    lr: Rate = 0.05
     batch: Count = 16
     """Inputs of every task in a step."""
     temperature: Rate = 1.0
@@ -99,6 +99,7 @@ class MaskFit(Fit):
 
     PAPER: ClassVar[dict[str, Any]] = {"objective": "entropy", "guard": False, "steps": 2000, "lr": 1e-3}
 
+    lr: Rate = 0.1
     concrete: Rate = 0.5
     """Temperature of the Concrete distribution."""
     init: float = 0.3
@@ -114,11 +115,13 @@ class BilevelFit(CoefficientFit):
         "finetune_lr": 1e-3,
     }  # fmt: skip
 
+    steps: Count = 40
+    lr: Rate = 0.1
     concrete: Rate = 0.5
     inner_lr: Rate = 0.1
     inner: Literal["adam", "sgd"] = "adam"
-    finetune_steps: Annotated[int, Range(0)] = 100
-    finetune_lr: Rate = 1e-2
+    finetune_steps: Annotated[int, Range(0)] = 40
+    finetune_lr: Rate = 0.05
 
 
 def options_of(learned: Learned, given: dict[str, Any]) -> Any:
