@@ -480,6 +480,94 @@ class TestComposed:
         assert not torch.allclose(found, torch.full((3,), 0.3))
 
 
+class TestOptions:
+    def test_the_papers_protocol(self, mini: MiniSuite, tmp_path: Path) -> None:
+        state = plait.fit(recipe(mini, "adamerging", protocol="paper", steps=3), tmp_path / "state")
+        facts = state.facts
+        assert (facts["split"], facts["fit"]["objective"], facts["fit"]["guard"]) == ("test", "entropy", False)
+        assert (facts["fit"]["lr"], facts["fit"]["steps"]) == (1e-3, 3)
+        assert facts["summary"]["kept_step"] == 3
+        asked = {
+            **recipe(mini, "adamerging"),
+            "fit": {"protocol": "paper"},
+            "data": dict.fromkeys(mini.suite.tasks, "x"),
+        }
+        with pytest.raises(RecipeError, match="adapts on a suite's test inputs, so data: must name a suite"):
+            plait.fit(asked, tmp_path / "other")
+
+    def test_bfloat16_learns_about_the_same(self, mini: MiniSuite, tmp_path: Path) -> None:
+        found = []
+        for precision in ("float32", "bfloat16"):
+            asked = recipe(mini, "adamerging", steps=10, batch=8, granularity="task", precision=precision, guard=False)
+            values = plait.fit(asked, tmp_path / precision).tensor("coefficients/all")
+            assert values is not None
+            found.append(values)
+        assert torch.allclose(found[0], found[1], atol=0.1)
+        assert not torch.equal(found[0], found[1])
+        assert not torch.allclose(found[0], torch.full((3,), 0.3), atol=0.1)
+
+    def test_tasks_in_parts_add_up(self, mini: MiniSuite, tmp_path: Path) -> None:
+        found = []
+        for forward in (128, 8):
+            asked = recipe(mini, "adamerging", **SHORT, forward=forward)
+            values = plait.fit(asked, tmp_path / str(forward)).tensor(
+                "coefficients/encoder.layer.0.output.dense.weight"
+            )
+            assert values is not None
+            found.append(values)
+        assert torch.allclose(found[0], found[1], atol=1e-3)
+
+    def test_the_guard_keeps_the_best_state(self, mini: MiniSuite, tmp_path: Path) -> None:
+        asked = recipe(mini, "adamerging", steps=40, batch=4, lr=1.0, clamp=False)
+        state = plait.fit(asked, tmp_path / "state", objective=lambda task, scores: -scores.std())
+        summary = state.facts["summary"]
+        assert summary["verdict"]
+        assert summary["steps_taken"] < 40
+        assert summary["kept_step"] == summary["best_step"] < summary["steps_taken"]
+
+
+class TestCommands:
+    def test_fit_inspect_merge(
+        self, mini: MiniSuite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        import sys
+
+        from plait import cli
+
+        def call(*words: object) -> str:
+            monkeypatch.setattr(sys, "argv", ["plait", *map(str, words)])
+            cli.main()
+            return capsys.readouterr().out
+
+        (tmp_path / "recipe.json").write_text(
+            json.dumps(recipe(mini, "concrete_adamerging", **SHORT, finetune_steps=5, guard=False))
+        )
+        shown = call("fit", tmp_path / "recipe.json", tmp_path / "state", "--quiet")
+        assert shown == call("inspect", tmp_path / "state")
+        for words in ("concrete_adamerging", "expert masked alone agrees", "coefficients of", "masks of", "tone"):
+            assert words in " ".join(shown.split())
+        data = json.loads(call("inspect", tmp_path / "state", "--json"))
+        assert set(data["masks"]) == {name for name in data["coefficients"] if name in data["masks"]}
+        assert len(data["history"]["loss"]) == SHORT["steps"] + 5
+        call("merge", tmp_path / "recipe.json", tmp_path / "out", "--state", tmp_path / "state", "--quiet")
+        assert files(tmp_path / "out" / "state") == files(tmp_path / "state")
+
+    def test_without_a_recipe_file(
+        self, mini: MiniSuite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        import sys
+
+        from plait import cli
+
+        experts = [part for task in mini.suite.tasks for part in ("-e", f"{task}={folder_of(mini, task)}")]
+        words = ["merge", "-m", "adamerging", "--base", mini.base, *experts, "--data", mini.root / "suite.yaml",
+                 "-s", "steps=3", tmp_path / "out", "-q"]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["plait", *map(str, words)])
+        cli.main()
+        assert (tmp_path / "out" / "state" / "state.json").is_file()
+        assert json.loads((tmp_path / "out" / "plait.json").read_text())["learned"]["fit"]["steps"] == 3
+
+
 class TestErrors:
     def ask(self, mini: MiniSuite, out: Path, change: dict[str, Any], kind: type[Exception] = RecipeError) -> str:
         asked = {**recipe(mini, "adamerging", **SHORT), **change}

@@ -45,7 +45,7 @@ class Fit:
 
     protocol: Literal["honest", "paper"] = "honest"
     objective: Objective = "agreement"
-    steps: Count = 80
+    steps: Count = 60
     lr: Rate = 0.05
     batch: Count = 16
     """Inputs of every task in a step."""
