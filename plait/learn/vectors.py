@@ -6,7 +6,7 @@ is the operating system's cache, which gives way.
 
 from __future__ import annotations
 
-import mmap
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,23 +35,23 @@ class TaskVectors:
         for key, tensor in self._tensors.items():
             self._places[key] = at
             at += -(-tensor.spec.numel * (count + 1) // _ALIGN) * _ALIGN
-        with open(path, "wb") as file:
-            file.truncate(max(at, 1) * 4)
-        self._map = np.memmap(path, np.float32, "r+")
-        state = engine.survey(plan.method, plan.merged, plan.recipe.seed)
+        # Written through the file and not through a map: a full disk is then an error, and not the end of the process.
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         changed: dict[str, bool] = {}
 
         def write(tensor: TensorPlan) -> None:
             changed[tensor.key] = self._write(tensor, engine, plan.recipe.seed, state, vectors)
 
-        engine.progress.stage("task vectors", sum(tensor.bytes_in for tensor in self._tensors.values()))
-        engine.each(list(self._tensors.values()), write)
-        self._map.flush()
+        try:
+            os.ftruncate(self._file, max(at, 1) * 4)
+            state = engine.survey(plan.method, plan.merged, plan.recipe.seed)
+            engine.progress.stage("task vectors", sum(tensor.bytes_in for tensor in self._tensors.values()))
+            engine.each(list(self._tensors.values()), write)
+        finally:
+            os.close(self._file)
         self._map = np.memmap(path, np.float32, "r")
         # What no step reads is not kept: frozen layers leave holes in the file.
         self.names = [key for key in self._tensors if changed[key]]
-        if hasattr(self._map._mmap, "madvise"):  # type: ignore[attr-defined]
-            self._map._mmap.madvise(mmap.MADV_WILLNEED)  # type: ignore[attr-defined]
 
     def base(self, name: str) -> torch.Tensor:
         """[n]: θ0. Not to be written into."""
@@ -66,10 +66,6 @@ class TaskVectors:
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the tensor."""
         return self._tensors[name].shape
-
-    def size(self) -> int:
-        """Entries of all tensors that some expert changes."""
-        return sum(self._tensors[name].spec.numel for name in self.names)
 
     def _read(self, place: int, size: int) -> torch.Tensor:
         import warnings
@@ -88,8 +84,14 @@ class TaskVectors:
             if torch.count_nonzero(values):
                 changed = True
                 for k, row in enumerate(values):
-                    start = place + size * (k + 1) + piece.start
-                    self._map[start : start + piece.numel] = row.float().cpu().numpy()
-            self._map[place + piece.start : place + piece.stop] = block.base(piece).float().cpu().numpy()
+                    self._put(place + size * (k + 1) + piece.start, row)
+            self._put(place + piece.start, block.base(piece))
             engine.progress.advance(int(tensor.bytes_in * piece.numel / max(size, 1)))
         return changed
+
+    def _put(self, place: int, values: torch.Tensor) -> None:
+        data = values.float().cpu().contiguous().numpy().data.cast("B")
+        at = place * 4
+        while data:
+            count = os.pwrite(self._file, data, at)
+            data, at = data[count:], at + count
