@@ -403,7 +403,7 @@ class TestStates:
         logits = (stored.float() * scale).double()
         models = [load_file(folder_of(mini, task) / "model.safetensors") for task in sorted(mini.suite.tasks)]
         base = load_file(mini.base / "model.safetensors")[name].double()
-        total = 0.3 * sum(find(model, name).double() - base for model in models)
+        total = 0.3 * torch.stack([find(model, name).double() - base for model in models]).sum(0)
         merged = load_file(tmp_path / "out" / "model.safetensors")[name].double()
         if kind == "sample":
             assert not torch.allclose(merged - base, total, atol=1e-3)
