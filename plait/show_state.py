@@ -7,6 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from plait.methods.learned import expected
 from plait.show import console
 from plait.state import NUMBERS, State
 from plait.units import show_bytes
@@ -34,7 +35,6 @@ def coefficients(state: State) -> dict[str, list[float]]:
 
 def masks(state: State) -> dict[str, dict[str, float]]:
     """Tensor → of its mask without noise: mean, share of entries under 0.25, under 0.5 and over 0.75."""
-    import torch
 
     found = {}
     for name in state.names():
@@ -43,7 +43,7 @@ def masks(state: State) -> dict[str, dict[str, float]]:
         stored, scale = state.tensor(name), state.tensor(f"mask_scale/{name.removeprefix('mask/')}")
         assert stored is not None
         assert scale is not None
-        mask = torch.sigmoid(stored.float() * scale / state.facts["fit"]["concrete"])
+        mask = expected(stored.float() * scale, state.facts["fit"]["concrete"])
         shares = ((mask < 0.25), (mask < 0.5), (mask > 0.75))
         values = [mask.mean(), *(share.float().mean() for share in shares)] if mask.numel() else [0.0] * 4
         keys = ("mean", "under_0.25", "under_0.5", "over_0.75")

@@ -111,8 +111,8 @@ def check_command(words: list[str]) -> None:
     given = {} if verb == "suite" else group.commands[verb].make_context(verb, rest).params
     if verb in ("merge", "fit"):
         keys = ("where", "method", "base", "expert", "settings", "dtype", "seed", "data")
-        words: Any = [given.get(key) for key in keys]  # a fit has no dtype
-        recipe, _ = cli._recipe_and_out(*words)
+        asked: Any = [given.get(key) for key in keys]  # a fit has no dtype
+        recipe, _ = cli._recipe_and_out(*asked)
         if given["method"] is not None:
             check(recipe)
     elif verb == "suite":

@@ -408,8 +408,8 @@ class TestStates:
         if kind == "sample":
             assert not torch.allclose(merged - base, total, atol=1e-3)
             return
-        mask = torch.sigmoid(logits / 0.5) if kind == "mean" else (logits >= 0).double()
-        assert torch.allclose(merged, base + mask / mask.mean() * total, atol=1e-5)
+        mask = draws(logits) if kind == "mean" else (logits >= 0).double()
+        assert torch.allclose(merged, base + mask / mask.mean() * total, atol=2e-3 if kind == "mean" else 1e-5)
 
     def test_quantised_logits(self) -> None:
         values = torch.linspace(-3, 2, 999)
@@ -647,6 +647,14 @@ class TestErrors:
             plait.merge(asked, tmp_path / "out", state=state)
         with pytest.raises(CheckpointError, match="no such folder; make a state with: plait fit"):
             plait.merge(asked, tmp_path / "out", state=tmp_path / "nowhere")
+
+
+def draws(logits: Tensor) -> Tensor:
+    """The mean of many draws of the Concrete distribution."""
+    u = torch.rand((4000, 1), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    flat = logits.reshape(-1)
+    parts = [torch.sigmoid((torch.logit(u) + part) / 0.5).mean(0) for part in flat.split(512)]
+    return torch.cat(parts).view(logits.shape)
 
 
 def folder_of(mini: MiniSuite, task: str) -> Path:

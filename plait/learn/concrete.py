@@ -15,7 +15,7 @@ from torch import Tensor
 from plait.learn.bench import Loss, Workbench
 from plait.learn.coefficients import Coefficients, combine
 from plait.learn.vectors import TaskVectors
-from plait.methods.learned import BilevelFit, MaskFit, concrete
+from plait.methods.learned import BilevelFit, MaskFit, concrete, expected
 from plait.state import quantised
 
 
@@ -44,7 +44,7 @@ class Mask:
         """The mask without noise, as the state will store it."""
         for name in self.names:
             stored, scale = quantised(self.logits[name].detach())
-            self._drawn[name] = torch.sigmoid(stored.to(self.device).float() * scale.to(self.device) / self.temperature)
+            self._drawn[name] = expected(stored.to(self.device).float() * scale.to(self.device), self.temperature)
 
     def share(self, name: str) -> Tensor:
         """a = m/mean(m), [n]."""
