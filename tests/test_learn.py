@@ -446,6 +446,17 @@ class TestComposed:
         assert told["cosine_before"] > 0
         assert "nothing to disentangle" in merged.notes[-1]
 
+    def test_the_mask_of_a_composed_method_is_chosen_at_the_merge(self, mini: MiniSuite, tmp_path: Path) -> None:
+        asked = recipe(mini, "concrete_task_arithmetic", **SHORT, lr=0.3)
+        spelled = {key: value for key, value in asked.items() if key != "merge_method"}
+        spelled |= {"transforms": [{"trim": {"density": 0.4}}], "combine": "concrete_task_arithmetic"}
+        plait.fit(spelled, tmp_path / "state")
+        binary = {**spelled, "combine": {"concrete_task_arithmetic": {"eval_mask": "binary"}}}
+        plait.merge(binary, tmp_path / "binary", state=tmp_path / "state")
+        other = {**spelled, "transforms": [{"trim": {"density": 0.5}}]}
+        with pytest.raises(RecipeError, match="was learned with the parameters"):
+            plait.merge(other, tmp_path / "other", state=tmp_path / "state")
+
     def test_what_comes_after_learning_is_refused(self, mini: MiniSuite, tmp_path: Path) -> None:
         asked = recipe(mini, "adamerging", **SHORT)
         with pytest.raises(RecipeError, match="adamerging learns, and would not see what follows; remove finish"):

@@ -23,6 +23,7 @@ from plait.learn.learners import Outcome, Session, learner_of
 from plait.learn.objectives import Custom
 from plait.learn.vectors import TaskVectors
 from plait.methods.contract import parameters_of
+from plait.methods.learned import COMBINES
 from plait.plan import Plan
 from plait.state import FACTS, TIMING, State, load_state, refuse_existing, write_state
 
@@ -117,8 +118,9 @@ def vector_settings(plan: Plan) -> dict[str, Any]:
     """The part of the recipe that shapes the vectors which the learned numbers weigh."""
     assert plan.method.learned is not None
     recipe, shaping = plan.recipe, set(parameters_of(plan.method.learned.vectors))
-    if recipe.transforms:
-        shaping |= set(plan.method.parameters)
+    if recipe.transforms:  # all but the combine's own, such as eval_mask, which a merge may choose anew
+        last = plan.method.name.rpartition(" → ")[2]
+        shaping |= set(plan.method.parameters) - set(parameters_of(COMBINES[last]))
 
     def cut(given: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in given.items() if key in shaping}
