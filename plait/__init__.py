@@ -12,10 +12,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from plait.errors import CheckpointError, MachineError, PlaitError, RecipeError
+from plait.routing.auto import install as _install
 
 if TYPE_CHECKING:
     from plait.plan import Plan, make_plan
     from plait.recipe import Recipe, load_recipe
+    from plait.routing.files import from_pretrained
     from plait.run import Merged, fit, merge
     from plait.state import State
 
@@ -29,6 +31,7 @@ __all__ = [
     "RecipeError",
     "State",
     "fit",
+    "from_pretrained",
     "load_recipe",
     "make_plan",
     "merge",
@@ -43,6 +46,7 @@ _HOMES = {
     "make_plan": "plan",
     "Recipe": "recipe",
     "load_recipe": "recipe",
+    "from_pretrained": "routing.files",
 }
 
 
@@ -53,3 +57,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"plait.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'plait' has no attribute '{name}'")
+
+
+_install()

@@ -66,16 +66,20 @@ class Engine:
 
     def merge(
         self, method: MergeMethod, tensors: list[TensorPlan], seed: int, state: Any, writer: FolderWriter,
-        learned: Any = None,
+        learned: Any = None, names: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        """Merge or copy every tensor into the writer. `state` is the survey's result, `learned` a fit's."""
+        """Merge or copy every tensor into the writer. `state` is the survey's result, `learned` a fit's.
+
+        `names` says what a tensor is called in the file, where not by its own name.
+        """
 
         def job(tensor: TensorPlan) -> None:
+            name = names[tensor.name] if names is not None else tensor.name
             if tensor.action == "copy":
-                self._copy(tensor, writer)
+                self._copy(tensor, name, writer)
             else:
-                self._merge(method, tensor, self.block(tensor, seed, state, learned), writer)
-            writer.finish(tensor.name)
+                self._merge(method, tensor, self.block(tensor, seed, state, learned), name, writer)
+            writer.finish(name)
 
         self.progress.stage("merge", sum(tensor.bytes_in for tensor in tensors))
         self.each(tensors, job)
@@ -150,7 +154,7 @@ class Engine:
         on_base = under is not None and base is not None and under.source is base.source and under.stored == base.stored
         return whole, stored if on_base else None
 
-    def _merge(self, method: MergeMethod, tensor: TensorPlan, block: Block, writer: FolderWriter) -> None:
+    def _merge(self, method: MergeMethod, tensor: TensorPlan, block: Block, name: str, writer: FolderWriter) -> None:
         merged = method.fn(block, **tensor.keywords)
         dtype, width = to_torch(tensor.dtype), itemsize(tensor.dtype)
         share = tensor.bytes_in / max(tensor.grid.numel, 1)
@@ -160,10 +164,10 @@ class Engine:
                 raise MachineError(
                     f"'{tensor.name}': merged values exceed float16 (65504); set out_dtype: bfloat16 or float32"
                 )
-            writer.write(tensor.name, piece.start * width, _bytes(values))
+            writer.write(name, piece.start * width, _bytes(values))
             self.progress.advance(int(piece.numel * share))
 
-    def _copy(self, tensor: TensorPlan, writer: FolderWriter) -> None:
+    def _copy(self, tensor: TensorPlan, name: str, writer: FolderWriter) -> None:
         source, *others = tensor.inputs
         dtype, width = to_torch(tensor.dtype), itemsize(tensor.dtype)
         for piece in Grid(tensor.spec.numel, GRAIN * 2):
@@ -176,7 +180,7 @@ class Engine:
                         f"{other.model}: '{tensor.name}' ({other.dtype}) differs from {source.model}'s; tensors "
                         f"that are not floating cannot be merged; keep: {{base: [{tensor.name}]}} takes the base's"
                     )
-            writer.write(tensor.name, piece.start * width, _bytes(values.to(dtype)))
+            writer.write(name, piece.start * width, _bytes(values.to(dtype)))
             self.progress.advance(piece.numel * itemsize(source.dtype) * (1 + len(others)))
 
     @contextmanager

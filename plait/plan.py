@@ -11,7 +11,7 @@ from plait.errors import CheckpointError, RecipeError, nearest
 from plait.experts import Input, Library, Model, align_model
 from plait.layers import resize_config
 from plait.layout import BASE
-from plait.methods.compose import method_of
+from plait.methods.compose import method_of, route_options
 from plait.methods.contract import MergeMethod
 from plait.methods.learned import options_of
 from plait.recipe import Recipe
@@ -41,6 +41,8 @@ class Plan:
     vocabulary: Vocabulary
     fit: Any = None
     """Options of the fit, for methods that learn."""
+    route: Any = None
+    """Options of the routing, for methods that route."""
 
     @property
     def bytes_in(self) -> int:
@@ -111,8 +113,9 @@ def make_plan(recipe: Recipe, *, strict: bool = True) -> Plan:
         notes += [f"{model.name}: {note}" for note in model.notes]
     heads = planner.heads(ordered, library) if recipe.slices is None else {}
     return Plan(
-        recipe, method, tensors, heads, ordered, base, donor, config, notes, planner.refused, library, vocabulary, fit
-    )
+        recipe, method, tensors, heads, ordered, base, donor, config, notes, planner.refused, library, vocabulary, fit,
+        route_options(recipe, method),
+    )  # fmt: skip
 
 
 def fit_options(recipe: Recipe, method: MergeMethod) -> Any:

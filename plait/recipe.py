@@ -86,6 +86,11 @@ class Recipe(_Strict):
     keep: Keep = Keep()
     fit: Settings = Field(default_factory=dict)
     """How a method that learns is fitted; its keys are the method's."""
+    route: Settings = Field(default_factory=dict)
+    """How a routed model is made; its keys are the method's."""
+    shared: str | Settings | None = None
+    """The method that merges what is not routed; a mapping may give `merge_method`, `transforms`, `combine`, `finish`,
+    and the `state` of one that learns."""
     data: str | dict[str, str | Settings] | None = None
     """Unlabeled inputs of every expert, by its name; or a suite, whose `adapt` splits are taken."""
     _located: Located = pydantic.PrivateAttr(default_factory=lambda: Located(None))

@@ -134,11 +134,13 @@ def run(
 ) -> Merged:
     """Carry out a plan."""
     refuse_impossible(plan, out, memory)
-    shards = lay_out([tensor.spec for tensor in plan.tensors], shard_size, {"format": "pt"})
     engine = Engine(threads=threads, memory=memory, device=device, progress=progress)
     if out.exists() and not overwrite:  # said before a fit, not after it
         raise RecipeError(f"{out}: exists already; choose another folder, or add --overwrite to replace it")
     learned = learned_state(plan, out, engine, state)
+    if plan.method.dynamic is not None:
+        return _run_routed(plan, out, engine, learned, overwrite)
+    shards = lay_out([tensor.spec for tensor in plan.tensors], shard_size, {"format": "pt"})
     with FolderWriter(out, _resume_key(plan, shards, learned), shards, overwrite=overwrite) as writer:
         resumed = len(writer.done)
         todo = [tensor for tensor in plan.tensors if tensor.name not in writer.done]
@@ -151,17 +153,47 @@ def run(
             writer.add_file("model.safetensors.index.json", index_of(shards, plan.bytes_out))
         for name, content in {**head_files(plan, learned), **side_files(plan)}.items():
             writer.add_file(name, content)
-        if learned is not None:
-            for name in (FACTS, NUMBERS):
-                writer.add_file(f"state/{name}", (learned.folder / name).read_bytes())
-        record = provenance(plan, hashes, learned, told)
-        writer.add_file("plait.json", json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-        writer.add_file("README.md", model_card(plan, record).encode())
-        writer.commit()
+        _finish(plan, writer, learned, provenance(plan, hashes, learned, told))
+    _leave(plan, out, learned)
+    return Merged(out, plan, hashes, resumed, (*plan.notes, *told.get("notes", ())))
+
+
+def _run_routed(plan: Plan, out: Path, engine: Engine, learned: State | None, overwrite: bool) -> Merged:
+    """The same for a model whose experts stay apart."""
+    from plait.routing.build import prepare
+    from plait.routing.layout import dumped
+
+    build = prepare(plan, engine, learned)
+    plan.notes += build.notes
+    shards = build.shards()
+    with FolderWriter(out, _resume_key(plan, shards, learned), shards, overwrite=overwrite) as writer:
+        resumed = len(writer.done)
+        build.write(writer)
+        hashes = writer.hashes()
+        files = {**head_files(plan, None), **side_files(plan)}
+        files["config.json"] = dumped(build.layout.config(json.loads(files["config.json"])))
+        for name, content in files.items():
+            writer.add_file(name, content)
+        _finish(plan, writer, learned, provenance(plan, hashes, learned))
+    _leave(plan, out, learned)
+    return Merged(out, plan, hashes, resumed, tuple(plan.notes))
+
+
+def _finish(plan: Plan, writer: FolderWriter, learned: State | None, record: dict[str, Any]) -> None:
+    """What says how the model was made; then it gets its name."""
+    if learned is not None:
+        for name in (FACTS, NUMBERS):
+            writer.add_file(f"state/{name}", (learned.folder / name).read_bytes())
+    writer.add_file("plait.json", json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    writer.add_file("README.md", model_card(plan, record).encode())
+    writer.commit()
+
+
+def _leave(plan: Plan, out: Path, learned: State | None) -> None:
+    """Close and clear away what a merge no longer needs."""
     if learned is not None:
         learned.close()
         shutil.rmtree(_fitted(plan, out), ignore_errors=True)
-    return Merged(out, plan, hashes, resumed, (*plan.notes, *told.get("notes", ())))
 
 
 def learned_state(plan: Plan, out: Path, engine: Engine, state: str | os.PathLike[str] | None) -> State | None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from plait.methods.contract import MergeMethod
+from plait.methods.contract import MergeMethod, Parameter
 from plait.plan import Plan
 from plait.run import Merged
 from plait.units import show_bytes, show_seconds
@@ -176,6 +176,9 @@ def methods_data(methods: Mapping[str, MergeMethod]) -> list[dict[str, Any]]:
             "fit": {p.name: {"type": p.describe(), "default": p.default} for p in method.learned.parameters.values()}
             if method.learned is not None
             else None,
+            "route": {p.name: {"type": p.describe(), "default": p.default} for p in method.dynamic.parameters.values()}
+            if method.dynamic is not None
+            else None,
         }
         for method in methods.values()
     ]
@@ -194,19 +197,28 @@ def methods_text(methods: Mapping[str, MergeMethod], *, full: bool) -> None:
         least, most = method.experts
         count = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
         out.print(f"[bold]{method.name}[/]  ({method.paper})\n")
-        out.print((method.fn.__doc__ or "").strip().replace("\n    ", "\n"), markup=False)
+        told = method.summary if method.dynamic is not None else method.fn.__doc__ or ""
+        out.print(told.strip().replace("\n    ", "\n"), markup=False)
         out.print(f"\nbase_model: {method.base}; experts: {count}\n")
         table = Table("parameter", "values", "default", box=None, header_style="bold")
         for parameter in method.parameters.values():
             default = "required" if parameter.required else str(parameter.default)
             table.add_row(parameter.name, parameter.describe().replace("[", r"\["), default)
-        out.print(table)
+        if method.parameters:
+            out.print(table)
+        if method.dynamic is not None:
+            out.print(f"\nis routed, as route: says; the rest is merged by shared: ({method.dynamic.shared})\n")
+            _options("route option", method.dynamic.parameters, out)
         if method.learned is not None:
             out.print(f"\nlearns from {method.learned.sees} (data:), as fit: says\n")
-            table = Table("fit option", "values", "default", box=None, header_style="bold")
-            for option in method.learned.parameters.values():
-                table.add_row(option.name, option.describe().replace("[", r"\["), str(option.default))
-            out.print(table)
+            _options("fit option", method.learned.parameters, out)
+
+
+def _options(title: str, options: Mapping[str, Parameter], out: Console) -> None:
+    table = Table(title, "values", "default", box=None, header_style="bold")
+    for option in options.values():
+        table.add_row(option.name, option.describe().replace("[", r"\["), str(option.default))
+    out.print(table)
 
 
 def inspect_text(data: dict[str, Any], *, every: bool) -> None:

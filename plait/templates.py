@@ -39,6 +39,12 @@ def recipe_template(name: str) -> str:
         lines.append(f"  - model: {folder}          # full checkpoint, or a LoRA adapter of the base")
         lines.append(f"    name: {'abc'[k]}                  # optional; keys random draws and names heads/")
     lines += _parameters(method)
+    if method.dynamic is not None:
+        lines.append(f"shared: {method.dynamic.shared}".ljust(30) + "# merges what is not routed, by parameters:")
+        lines.append("route:                        # what is routed, and how it is stored")
+        for parameter in method.dynamic.parameters.values():
+            given = f"  {parameter.name}: {_value(name, parameter)}" if parameter.default is not None else ""
+            lines.append((given or f"  # {parameter.name}:").ljust(30) + f"# {parameter.describe()}")
     if method.learned is not None:
         lines.append("data:                         # inputs to learn from; or the name of a suite")
         lines += [

@@ -42,7 +42,9 @@ class ShardFile:
     size: int
 
 
-def lay_out(tensors: Iterable[TensorSpec], shard_size: int, metadata: Mapping[str, str]) -> list[ShardFile]:
+def lay_out(
+    tensors: Iterable[TensorSpec], shard_size: int, metadata: Mapping[str, str], stem: str = "model"
+) -> list[ShardFile]:
     """Cut tensors, in the order given, into safetensors files of at most `shard_size` bytes (a larger tensor alone)."""
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
@@ -54,7 +56,9 @@ def lay_out(tensors: Iterable[TensorSpec], shard_size: int, metadata: Mapping[st
         filled += spec.nbytes
     total = len(groups)
     names = (
-        ["model.safetensors"] if total == 1 else [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+        [f"{stem}.safetensors"]
+        if total == 1
+        else [f"{stem}-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
     )
     return [shard(name, group, metadata) for name, group in zip(names, groups, strict=True)]
 

@@ -113,6 +113,11 @@ class TestInit:
             assert set(written["fit"]) == set(method.learned.parameters)
             assert call("check", path).code == 0
             return
+        if method.dynamic is not None:
+            given = {key for key, option in method.dynamic.parameters.items() if option.default is not None}
+            assert set(written["route"]) == given
+            assert call("check", path).code == 0
+            return
         made = call("merge", path, tmp_path / "out")
         assert (made.code, made.err) == (0, "")
         got, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", models / "base"))
@@ -454,7 +459,7 @@ class TestMethods:
         assert data["della"]["scope"] == "row"
         (slerp,) = call("methods", "slerp", "--json").data
         assert slerp == data["slerp"]
-        assert set(slerp) == {"name", "summary", "paper", "base", "experts", "scope", "parameters", "fit"}
+        assert set(slerp) == {"name", "summary", "paper", "base", "experts", "scope", "parameters", "fit", "route"}
         assert (slerp["base"], slerp["experts"]) == ("required", [1, 1])
         assert slerp["parameters"] == {
             "t": {"type": "number in [0, 1]", "default": None, "required": True, "per_model": False}

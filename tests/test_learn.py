@@ -56,7 +56,7 @@ class Trial:
         assert learned is not None
         folder.mkdir(exist_ok=True)
         self.vectors = TaskVectors(self.plan, engine, folder / "vectors.bin", learned.vectors)
-        self.session = Session(self.bench, self.vectors, self.plan.fit, 0, folder)
+        self.session = Session(self.bench, self.plan.fit, 0, folder)
         self.session.ask_experts(everything=True)
 
     def loss(self, weights: dict[str, Tensor], rows: dict[str, list[int]]) -> Tensor:

@@ -174,7 +174,7 @@ def test_whole_model_trim_agrees_with_the_reference(density: float) -> None:
         np.testing.assert_allclose(got[name].double().numpy(), want, atol=1e-6)
 
 
-STATIC = [name for name, method in all_methods().items() if method.learned is None]
+STATIC = [name for name, method in all_methods().items() if method.learned is None and method.dynamic is None]
 """Methods that can merge without a fit; tests/test_learn.py and tests/test_fitted.py have the others."""
 EXTRA = {"slerp": {"t": 0.4}, "nearswap": {"t": 0.01}, "anchor_schedule": {"anchor": "b"}}
 PARAMS = {"density": 0.6, "epsilon": 0.1, "select_topk": 0.5}

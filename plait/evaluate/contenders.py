@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import RecipeError, nearest
-from plait.methods import all_methods, get_method
+from plait.methods import all_methods
+from plait.methods.compose import method_of
 from plait.methods.contract import split_settings
 from plait.recipe import Recipe, load_recipe
 from plait.sources import find_local, looks_like_hub_id
@@ -62,8 +63,9 @@ def contender(spec: str, suite: Suite) -> Contender:
 
 def by_method(method: str, suite: Suite, parameters: Mapping[str, Any] | None = None) -> Recipe:
     """The suite's experts merged by a method. What a learned method is fitted with stands among its parameters."""
-    data = {"data": suite.inputs()} if get_method(method).learned is not None else {}
-    return load_recipe({**suite.recipe(method), **split_settings(method, parameters or {}), **data})
+    plain = {**suite.recipe(method), **split_settings(method, parameters or {})}
+    learns = method_of(load_recipe(plain))[0].learned is not None
+    return load_recipe({**plain, **({"data": suite.inputs()} if learns else {})})
 
 
 def suite_recipe(source: Path, suite: Suite) -> Recipe:

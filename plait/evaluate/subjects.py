@@ -14,6 +14,8 @@ from plait.models.families import family_of
 from plait.models.heads import Head, corrects, read_head
 from plait.models.net import Net, load_net, read_config
 from plait.models.outfit import base_folder, head_file, outfit, pooling_of, source_folder, suite_head
+from plait.routing.layout import is_switched
+from plait.routing.model import stored_experts
 from plait.sources import LowRankSource, open_source
 from plait.suites.definition import Suite
 from plait.suites.places import cache_folder
@@ -76,6 +78,8 @@ class Subject:
     def task_id(self, tasks: list[str]) -> Literal["head", "model"]:
         """What a sample's task chooses: its head alone, or part of the model too."""
         files = [self.folder / "heads" / f"{task}.safetensors" for task in tasks]
+        if is_switched(read_config(self.folder, self.label)):
+            return "model"
         return "model" if self.is_expert or any(corrects(path) for path in files if path.is_file()) else "head"
 
     def load(
@@ -97,7 +101,7 @@ class Subject:
         """The model in a result."""
         return ModelFacts(
             label=self.label, path=self.path, fingerprint=digests.folder_digest(self.folder),
-            parameters=sum(parameter.numel() for parameter in net.body.parameters()),
+            parameters=sum(value.numel() for value in [*net.body.parameters(), *stored_experts(net.body)]),
             bytes=digests.weight_bytes(self.folder),
         )  # fmt: skip
 

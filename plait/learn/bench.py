@@ -125,7 +125,7 @@ class Workbench:
             self.install(name, weights(name))
             self.places[name].grad = None
         values: dict[str, float] = {}
-        for part in _packed(rows, self.options.forward):
+        for part in packed(rows, self.options.forward):
             batch = self.inputs.collate(self.net, part)
             terms = {task: loss(task, out, part[task]) for task, out in self.outputs(batch).items()}
             total = torch.stack(list(terms.values())).sum()
@@ -160,7 +160,7 @@ def chunks(rows: Mapping[str, Sequence[int]], size: int) -> Iterable[dict[str, S
             yield {task: listed[at : at + size]}
 
 
-def _packed(rows: Mapping[str, Sequence[int]], size: int) -> Iterable[dict[str, Sequence[int]]]:
+def packed(rows: Mapping[str, Sequence[int]], size: int) -> Iterable[dict[str, Sequence[int]]]:
     """Whole tasks together, as many as fit into `size` inputs: a task's loss may compare its inputs."""
     part: dict[str, Sequence[int]] = {}
     for task, listed in rows.items():

@@ -21,7 +21,6 @@ from plait.learn.bench import Workbench
 from plait.learn.data import Inputs, suite_of_recipe
 from plait.learn.learners import Outcome, Session, learner_of
 from plait.learn.objectives import Custom
-from plait.learn.vectors import TaskVectors
 from plait.methods.contract import parameters_of
 from plait.methods.learned import COMBINES
 from plait.plan import Plan
@@ -83,8 +82,7 @@ def _answers(state: State, facts: Mapping[str, Any]) -> bool:
 def _learn(plan: Plan, engine: Engine, inputs: Inputs, work: Path, objective: Custom | None) -> Outcome:
     assert plan.method.learned is not None
     bench = Workbench(plan, engine, inputs, plan.fit)
-    vectors = TaskVectors(plan, engine, work / "vectors.bin", plan.method.learned.vectors)
-    session = Session(bench, vectors, plan.fit, plan.recipe.seed, work, objective)
+    session = Session(bench, plan.fit, plan.recipe.seed, work, objective)
     return learner_of(plan.method.learned.learner)(session)
 
 
@@ -118,6 +116,8 @@ def vector_settings(plan: Plan) -> dict[str, Any]:
     """The part of the recipe that shapes the vectors which the learned numbers weigh."""
     assert plan.method.learned is not None
     recipe, shaping = plan.recipe, set(parameters_of(plan.method.learned.vectors))
+    if plan.route is not None:  # what is not routed is what a router sees
+        shaping |= set(plan.method.parameters)
     if recipe.transforms:  # all but the combine's own, such as eval_mask, which a merge may choose anew
         last = plan.method.name.rpartition(" → ")[2]
         shaping |= set(plan.method.parameters) - set(parameters_of(COMBINES[last]))
@@ -127,6 +127,7 @@ def vector_settings(plan: Plan) -> dict[str, Any]:
 
     per_model = {recipe.names()[entry.model]: cut(entry.parameters) for entry in recipe.entries()}
     return {
+        **({"route": asdict(plan.route), "shared": recipe.shared} if plan.route is not None else {}),
         "parameters": cut(recipe.parameters), "transforms": recipe.transforms,
         "models": {name: given for name, given in sorted(per_model.items()) if given},
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from plait.learn.concrete import ConcreteAdaMerging, ConcreteTaskArithmetic, Mas
 from plait.learn.guard import Guard, mean_of, reading
 from plait.learn.loop import History, Learner, run
 from plait.learn.regmean import regmean, regmean_pp
+from plait.learn.routers import LayerRouters, learn_identity, routed_net
 from plait.learn.statistics import fisher
 from plait.learn.vectors import TaskVectors
 
@@ -27,13 +29,19 @@ class Session:
     """Everything a learner works with."""
 
     bench: Workbench
-    vectors: TaskVectors
     options: Any
     seed: int
     work: Path
     custom: objectives.Custom | None = None
     experts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     """Task → row → the expert's scores, where something asks for them."""
+
+    @functools.cached_property
+    def vectors(self) -> TaskVectors:
+        """The task vectors, written to a scratch file when they are first asked for."""
+        plan = self.bench.plan
+        assert plan.method.learned is not None
+        return TaskVectors(plan, self.bench.engine, self.work / "vectors.bin", plan.method.learned.vectors)
 
     def ask_experts(self, everything: bool | None = None) -> None:
         """Have every task's expert answer: the watched inputs, or all (as the objective needs, when not said)."""
@@ -184,6 +192,23 @@ def corrections(session: Session) -> Outcome:
     return Outcome(surgery.head_numbers(bench, found), summary, {})
 
 
+def layer_routers(session: Session) -> Outcome:
+    """WEMoE's routers."""
+    session.ask_experts()
+    loss, guard = session.loss(), session.guard()
+    routed_net(session.bench, session.bench.plan, session.work)
+    learner = LayerRouters(session.bench, session.options, loss)
+    history = session.run(learner, guard, session.options.steps, "routers")
+    return Outcome(learner.numbers(), ended(session, learner, guard, history), vars(history))
+
+
+def task_router(session: Session) -> Outcome:
+    """Twin-Merging's router."""
+    bench = session.bench
+    routed_net(bench, bench.plan, session.work)
+    return Outcome(*learn_identity(bench, session.options, session.seed, bench.engine.progress.note))
+
+
 LEARNERS: dict[str, Callable[[Session], Outcome]] = {
     "coefficients": coefficients,
     "mask": mask,
@@ -192,6 +217,8 @@ LEARNERS: dict[str, Callable[[Session], Outcome]] = {
     "regmean": measured(regmean),
     "regmean_pp": measured(regmean_pp),
     "surgery": corrections,
+    "layer_routers": layer_routers,
+    "task_router": task_router,
 }
 
 

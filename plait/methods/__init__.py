@@ -34,14 +34,15 @@ from plait.methods.presets import (
     task_arithmetic,
     ties,
 )
+from plait.methods.routed import e_wemoe, emr, smile, tall_mask, twin, wemoe
 from plait.methods.spectral import iso_c, iso_cts, tsv_m
 from plait.methods.wudi import wudi
 
 __all__ = [
     "Block", "MergeMethod", "PerModel", "Range", "adamerging", "adamerging_pp", "all_methods", "anchor_schedule",
     "average", "awd", "awd_adamerging", "breadcrumbs", "breadcrumbs_ties", "concrete_adamerging",
-    "concrete_task_arithmetic", "consensus", "dare_linear", "dare_ties", "della", "della_linear", "fisher",
-    "get_method", "iso_c", "iso_cts", "karcher", "knots", "linear", "merge_method", "model_stock", "multislerp",
-    "nearswap", "nuslerp", "passthrough", "regmean", "regmean_pp", "sce", "self_positioning", "slerp", "surgery",
-    "task_arithmetic", "ties", "tsv_adamerging", "tsv_m", "wudi",
+    "concrete_task_arithmetic", "consensus", "dare_linear", "dare_ties", "della", "della_linear", "e_wemoe", "emr",
+    "fisher", "get_method", "iso_c", "iso_cts", "karcher", "knots", "linear", "merge_method", "model_stock",
+    "multislerp", "nearswap", "nuslerp", "passthrough", "regmean", "regmean_pp", "sce", "self_positioning", "slerp",
+    "smile", "surgery", "tall_mask", "task_arithmetic", "ties", "tsv_adamerging", "tsv_m", "twin", "wemoe", "wudi",
 ]  # fmt: skip

@@ -23,6 +23,7 @@ from plait.methods.block import Block
 from plait.methods.contract import Learned, MergeMethod, Parameter, get_method, parameters_of
 from plait.methods.knots import aligned
 from plait.methods.matrices import is_matrix
+from plait.methods.routed import routed_over
 from plait.methods.stream import Stream
 from plait.methods.survey import Model, survey_trim
 from plait.methods.wudi import is_linear, least_interference
@@ -64,6 +65,11 @@ class _Stage:
 def method_of(recipe: Recipe) -> tuple[MergeMethod, Recipe]:
     """The recipe's method, and the recipe with the stages' own parameters moved to where all parameters are."""
     named = get_method(recipe.merge_method) if recipe.merge_method is not None else None
+    if named is not None and named.dynamic is not None:
+        return _routed(named, recipe)
+    for key in ("route", "shared"):
+        if getattr(recipe, key):
+            raise RecipeError(f"{recipe.where(key)}: is for routed methods, such as twin or wemoe; remove it")
     if named is not None and not recipe.finish:
         return named, recipe
     stages, inline, listed = [], {}, []
@@ -92,6 +98,54 @@ def method_of(recipe: Recipe) -> tuple[MergeMethod, Recipe]:
                 settings[public] = inline[stage.name][name]
     method = _method(recipe, stages, parameters, named)
     return method, recipe.model_copy(update={"parameters": {**settings, **recipe.parameters}})
+
+
+_SHARED = ("merge_method", "transforms", "combine", "finish", "state")
+
+
+def _routed(named: MergeMethod, recipe: Recipe) -> tuple[MergeMethod, Recipe]:
+    """A routed method over what `shared:` says, with the options of `route:`."""
+    dynamic, where = named.dynamic, recipe.where("shared")
+    assert dynamic is not None
+    if recipe.transforms or recipe.combine or recipe.finish:
+        raise RecipeError(f"{where}: what {named.name} does not route is merged by shared:; move the stages there")
+    options = route_options(recipe, named)
+    if recipe.shared is None:
+        method = routed_over(named, named.name, named.paper, named.summary, dynamic, options, {})
+        return method, recipe
+    given: Mapping[str, Any] = {"merge_method": recipe.shared} if isinstance(recipe.shared, str) else recipe.shared
+    for key in given:
+        if key not in _SHARED:
+            raise RecipeError(f"{where}: has no key '{key}'{nearest(key, _SHARED)}; parameters stand under parameters:")
+    cleared = {"merge_method": None, "route": {}, "shared": None}
+    stages = {key: value for key, value in given.items() if key != "state"}
+    static, inner = method_of(recipe.model_copy(update={**cleared, **stages}))
+    if static.dynamic is not None:
+        raise RecipeError(f"{where}: {static.name} is routed itself; name a method that gives one model")
+    if static.learned is not None and "state" not in given:
+        raise RecipeError(
+            f"{where}: {static.name} learns; fit it first (plait fit) and give its folder: "
+            f"shared: {{merge_method: {static.name}, state: FOLDER}}"
+        )
+    method = routed_over(static, named.name, named.paper, named.summary, dynamic, options, {})
+    return method, recipe.model_copy(update={"parameters": inner.parameters})
+
+
+def route_options(recipe: Recipe, method: MergeMethod) -> Any:
+    """The options under `route:`, checked; None for a method that routes nothing.
+
+    Raises RecipeError for keys that the method does not have, and values out of range.
+    """
+    if method.dynamic is None:
+        return None
+    known, given = method.dynamic.parameters, {}
+    for key, value in recipe.route.items():
+        where = recipe.where("route", key)
+        if key not in known:
+            hint = f"; '{key}' stands under parameters:" if key in method.parameters else nearest(key, known)
+            raise RecipeError(f"{where}: {method.name} has no route option '{key}'{hint}")
+        given[known[key].keyword] = known[key].check(value, where)
+    return method.dynamic.options(**given)
 
 
 def _named(method: MergeMethod, recipe: Recipe) -> _Stage:

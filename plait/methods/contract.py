@@ -14,7 +14,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 import torch
@@ -167,6 +167,25 @@ class Learned:
 
 
 @dataclass(frozen=True)
+class Dynamic:
+    """How a routed model is made: its experts stay apart, and inputs decide how far each is mixed in."""
+
+    options: Callable[..., Any]
+    """Dataclass of the keys under `route:`; its fields are the schema."""
+    shared: str = "task_arithmetic"
+    """The method of what is not routed, unless the recipe's `shared:` names another."""
+    shared_parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Its parameters, where they differ from the method's own defaults."""
+    router: Callable[[Any], Learned | None] = lambda options: None
+    """(options) → how the router is fitted; None where there is nothing to learn."""
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        """Keys under `route:`."""
+        return parameters_of(self.options)
+
+
+@dataclass(frozen=True)
 class MergeMethod:
     """A registered method. Callable on a Block, on tensors in memory, or on state dicts in memory."""
 
@@ -191,6 +210,8 @@ class MergeMethod:
     """What it learns before it can merge; None for methods that learn nothing."""
     explain: Callable[[Any], dict[str, Any]] | None = None
     """explain(state of the survey) → what it found, as small plain data; `notes` in it are told to the user."""
+    dynamic: Dynamic | None = None
+    """How it routes; None for methods whose result has one set of weights for all inputs."""
 
     def scope_for(self, params: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Scope:
         """How far a tensor may be cut, given the parameters."""
@@ -238,6 +259,8 @@ class MergeMethod:
         Raises RecipeError for an unknown or invalid parameter, ValueError for shapes that differ.
         """
         keywords = self.keywords(params)
+        if self.dynamic is not None:
+            raise RecipeError(f"{self.name}: makes a routed model, not tensors; use plait.merge")
         if isinstance(models, Block):
             return self.fn(models, **keywords)
         from plait.methods.memory import merge_in_memory
@@ -288,13 +311,17 @@ def merge_method(
             name, fn, paper, summary, base, scope, parameters_of(fn), experts, survey, row_scope_if, whole_if, cost,
             learned, explain,
         )  # fmt: skip
-        if register:
-            if name in _METHODS:
-                raise ValueError(f"a merge method named '{name}' is already registered")
-            _METHODS[name] = method
-        return method
+        return add_method(method) if register else method
 
     return decorate
+
+
+def add_method(method: MergeMethod) -> MergeMethod:
+    """Make a method known by its name; a name that is taken is an error."""
+    if method.name in _METHODS:
+        raise ValueError(f"a merge method named '{method.name}' is already registered")
+    _METHODS[method.name] = method
+    return method
 
 
 def get_method(name: str) -> MergeMethod:
@@ -305,12 +332,18 @@ def get_method(name: str) -> MergeMethod:
 
 
 def split_settings(name: str, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Settings of a method by where they stand in a recipe: under `parameters:`, or what it is fitted with, `fit:`."""
+    """Settings of a method by where they stand in a recipe: under `parameters:`, `route:` or `fit:`."""
     method = get_method(name)
-    options = method.learned.parameters if method.learned is not None else {}
-    fit = {key: value for key, value in settings.items() if key in options and key not in method.parameters}
-    parameters = {key: value for key, value in settings.items() if key not in fit}
-    return {"parameters": parameters, **({"fit": fit} if fit else {})}
+    places: dict[str, Mapping[str, Parameter]] = {"parameters": method.parameters}
+    if method.dynamic is not None:
+        places["route"] = method.dynamic.parameters
+    if method.learned is not None:
+        places["fit"] = method.learned.parameters
+    found: dict[str, dict[str, Any]] = {"parameters": {}}
+    for key, value in settings.items():
+        place = next((place for place, known in places.items() if key in known), "parameters")
+        found.setdefault(place, {})[key] = value
+    return found
 
 
 def all_methods() -> dict[str, MergeMethod]:

@@ -42,7 +42,10 @@ class AnswerNet(Net):
         """Task → [its samples, answers]: log-likelihoods."""
         inputs = dict(batch.inputs)
         targets = inputs.pop("targets")  # [rows, tokens], -100 where nothing is scored
+        self.tell(batch)
         if self.family.answers == "causal":
+            if hasattr(self.body, "routing"):  # by the prompt alone: the answer is not known yet
+                inputs["routing_mask"] = inputs["attention_mask"] * (targets < 0)
             logits, targets = self.body(**inputs).logits[:, :-1], targets[:, 1:]
         else:
             start: Any = getattr(self.body.config, "decoder_start_token_id")  # noqa: B009

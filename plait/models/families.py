@@ -40,6 +40,8 @@ class Family:
     """Parameters that a checkpoint may lack: nothing here reads them, unless pooling says so."""
     classifier_pooling: Pooling = "mean"
     """What the head of transformers' own ForSequenceClassification reads."""
+    unrouted: tuple[str, ...] = ()
+    """Layers that are not called with a batch, so no sample can have its own."""
 
     def pooling(self, config: Mapping[str, Any]) -> Pooling:
         """What a head reads, by the class that the config.json names: a plain encoder's head reads the mean."""
@@ -50,7 +52,7 @@ class Family:
         """Names of the Linear layers of every MLP, by depth."""
         found: dict[str, list[str]] = {}
         for name, _ in body.named_modules():
-            match = re.fullmatch(self.mlp, name)
+            match = re.search(rf"(?:^|\.)(?:{self.mlp})$", name)  # a model with a head has the body under a prefix
             if match:
                 found.setdefault(match[1], []).append(name)
         return list(found.values())
@@ -109,6 +111,7 @@ FAMILIES = (
     Family(
         "t5", ("t5", "mt5", "umt5"), "text", "AutoModelForSeq2SeqLM", "seq2seq",
         r"((?:encoder|decoder)\.block\.\d+)\.layer\.\d+\.DenseReluDense\.w\w+",
+        unrouted=("relative_attention_bias",),
     ),
     Family(
         "llama", ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi3", "smollm3"), "text",

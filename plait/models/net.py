@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,8 @@ from torch import Tensor, nn
 from plait.errors import CheckpointError, MachineError
 from plait.models.families import Family, Pooling, family_of
 from plait.models.heads import Head
+from plait.models.quiet import quiet
+from plait.routing.layout import Layout, is_routed
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,23 @@ class Net:
     def features(self, batch: Batch) -> Tensor:
         """[n, width]: what heads read."""
         assert self.family.features is not None
+        self.tell(batch)
         return self.family.features(self.body, batch.inputs, self.pooling)
+
+    def tell(self, batch: Batch) -> None:
+        """Give a model that is switched by task every row's. Raises CheckpointError for one it has no expert of."""
+        routing = getattr(self.body, "routing", None)
+        if routing is None or routing.kind != "task":
+            return
+        known = routing.layout.tasks
+        told = {row: task or known[0] for task, rows in batch.rows.items() for row in rows}
+        foreign = sorted(set(told.values()) - set(known))
+        if foreign:
+            raise CheckpointError(
+                f"this model is switched by task and has no expert of {foreign[0]} (it has {', '.join(known)}); leave "
+                "the task out with --task, or measure a model that is routed by its input"
+            )
+        self.body.set_task([told[row] for row in range(len(told))])  # type: ignore[operator]
 
     def scores(self, batch: Batch) -> dict[str, Tensor]:
         """Task → [its rows, classes]: logits of every task's own classes."""
@@ -127,6 +143,8 @@ def load_net(
     if place.type == "cuda" and not torch.cuda.is_available():
         raise MachineError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
     config = read_config(folder, label)
+    if is_routed(config):
+        return _load_routed(folder, label, config, processor_from, pooling, max_length, dtype, device)
     family = family_of(config, label)
     chosen = pooling or family.pooling(config)
     with quiet():
@@ -147,6 +165,26 @@ def load_net(
     return Net(body.eval().to(device), family, processor, chosen, max_length)
 
 
+def _load_routed(
+    folder: Path, label: str, config: dict[str, Any], processor_from: Path | None, pooling: Pooling | None,
+    max_length: int, dtype: torch.dtype, device: str,
+) -> Net:  # fmt: skip
+    from plait.routing.files import from_pretrained
+
+    _, plain = Layout.of(config, label)
+    family = family_of(plain, label)
+    body = from_pretrained(folder, dtype=dtype, device=device)
+    with quiet():
+        processor = _processor(family, [place for place in (processor_from, folder) if place is not None], label)
+    trunk = body.base_model if family.answers == "head" else body
+    if trunk is not body:
+        raise CheckpointError(
+            f"{label}: is a {type(body).__name__}, whose head is one for all tasks; make it from a base that is a "
+            "plain encoder, so that every task keeps its own"
+        )
+    return Net(body, family, processor, pooling or family.pooling(plain), max_length)
+
+
 def read_config(folder: Path, label: str) -> dict[str, Any]:
     """config.json of a folder, as data."""
     try:
@@ -163,24 +201,6 @@ def import_transformers() -> Any:
     except ImportError:
         raise MachineError('running models needs transformers: pip install "plait[eval]"') from None
     return transformers
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no advice from transformers while it loads; what is wrong we say ourselves."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _processor(family: Family, places: Sequence[Path], label: str) -> Any:

@@ -18,7 +18,8 @@ from torch.nn.functional import linear, normalize
 from plait import digests
 from plait.errors import CheckpointError, RecipeError
 from plait.models.heads import Head, read_head
-from plait.models.net import import_transformers, quiet
+from plait.models.net import import_transformers
+from plait.models.quiet import quiet
 from plait.sources import open_source
 from plait.suites.definition import Suite
 from plait.suites.places import cache_folder

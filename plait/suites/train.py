@@ -22,7 +22,8 @@ from torch.nn.functional import cross_entropy
 
 from plait.errors import CheckpointError
 from plait.models.heads import Head
-from plait.models.net import Net, Sample, load_net, quiet
+from plait.models.net import Net, Sample, load_net
+from plait.models.quiet import quiet
 from plait.sources import TensorSpec
 from plait.suites.data import Split
 from plait.writer import shard

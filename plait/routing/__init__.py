@@ -1,0 +1,1 @@
+"""Routed models: experts that stay apart in one model, mixed for every sample."""
