@@ -155,7 +155,8 @@ def _water(field: NDArray[np.float64]) -> NDArray[np.float64]:
     drops = field > 0
     if not drops.any():
         return field
-    rims = drops & ~binary_erosion(drops, border_value=1)
+    inside: Any = binary_erosion(drops, border_value=1)
+    rims = drops & ~inside
     if not rims.any():  # all is under water
         return np.ones_like(field)
     distances: Any = distance_transform_edt(~rims)
