@@ -9,8 +9,8 @@ from plait.report.text import MISSING, breakable, escape, percent
 _NOTE = (
     "Share of the experts’ scores, in percent, with images as they are (clean) and corrupted: kind and severity, from "
     "1 to 5. The experts stand on clean images, so that every column shows what a corruption costs; <em>alike</em> is "
-    "the mean over the corruptions where the experts read the same corrupted images: where it is below the clean share, "
-    "the model bears them worse than the experts do."
+    "the mean over the corruptions where the experts read the same corrupted images: below the clean share, the model "
+    "bears them worse than the experts do."
 )
 
 
