@@ -521,7 +521,9 @@ def test_compare_unseen_and_corrupted(call: Call, pictures: Suite, merged: Path,
         assert float(line["jpeg 5 average"]) == row.corrupted[0].evaluation.average.value
     text = comparison_markdown(written)
     assert "| model | clean | jpeg 5 | impulse 5 | mean | alike |" in text
-    assert "unseen, %" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "unseen, %" in page
+    assert "hue: accuracy, %; its expert was not merged" in page
 
 
 def test_what_merges_an_unseen_expert_is_refused(
@@ -532,7 +534,8 @@ def test_what_merges_an_unseen_expert_is_refused(
     data = pictures.recipe("average")
     by_name = {**data, "models": [data["models"][0], {"model": str(merged), "name": "half"}]}
     by_place = {**data, "models": [{**entry, "name": f"x{n}"} for n, entry in enumerate(data["models"])]}
-    for number, recipe in enumerate((by_name, by_place)):
+    as_base = {**pictures.only(["hue", "shade"]).recipe("average"), "base_model": data["models"][1]["model"]}
+    for number, recipe in enumerate((by_name, by_place, as_base)):
         path = tmp_path / f"r{number}.json"
         path.write_text(json.dumps(recipe))
         with pytest.raises(

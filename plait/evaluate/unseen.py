@@ -43,7 +43,8 @@ def refuse_merged(subject: Subject, unseen: Iterable[str]) -> None:
 def refuse_listed(recipe: Recipe, label: str, suite: Suite, unseen: Iterable[str]) -> None:
     """Refuse a recipe that lists the expert of an unseen task, by the task's name or by the expert's place."""
     names = recipe.names()
-    found = {spec: find_local(spec, recipe.folder) for spec in names}
+    specs = [*names, *([recipe.base_model] if recipe.base_model is not None else [])]
+    found = {spec: find_local(spec, recipe.folder) for spec in specs}
     places = {str(place.resolve()) if place is not None else spec for spec, place in found.items()}
     for task in unseen:
         if task in names.values() or suite.place(suite.tasks[task].expert) in places:

@@ -68,8 +68,10 @@ def _head(board: Board, *, costs: bool, fits: bool, data: bool, paired: bool) ->
         cells.append(_th("vs baseline", "number", f"Average minus that of {board.baseline}, in points"))
     metrics = {task: {r.evaluation.tasks[task].metric for r in board.rows if task in r.evaluation.tasks}
                for task in board.tasks}  # fmt: skip
+    unseen = {task for row in board.rows if row.evaluation.unseen for task in row.evaluation.unseen.tasks}
     for place, task in enumerate(board.tasks):
-        cells.append(_th(task, "number", f"{task}: {', '.join(sorted(metrics[task])) or 'score'}, %",
+        apart = "; its expert was not merged" if task in unseen else ""
+        cells.append(_th(task, "number", f"{task}: {', '.join(sorted(metrics[task])) or 'score'}, %{apart}",
                          "task first" if place == 0 else "task"))  # fmt: skip
     cells += [_th("fit time", "number", "Seconds to learn, before the merge", "first")] if fits else []
     cells += [_th("merge time", "number", "Seconds to merge", "" if fits else "first")] if costs else []
