@@ -17,6 +17,14 @@ Batch = Annotated[int, typer.Option(min=1, help="Samples in a batch; batches mix
 Dtype = Annotated[str, typer.Option(help="Type to compute in: float32, bfloat16, float16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Measure again what was measured before.")]
+Corrupt = Annotated[
+    str | None,
+    typer.Option(help="Also under these: motion, impulse, gaussian, pixelate, spatter, contrast, jpeg (with commas)."),
+]
+Severity = Annotated[int | None, typer.Option(help="Of the corruptions: 1 (faint) to 5 (strong). Default: 3.")]
+Unseen = Annotated[
+    str | None, typer.Option(help="Tasks (with commas) whose experts are not merged: averages of their own.")
+]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for tables, results and report.")]
 
 suite_app = typer.Typer(help="Suites: real tasks with real experts.", no_args_is_help=True)
@@ -68,6 +76,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or hub id: a model, or an adapter of the suite's base.")],
     suite: SuiteName,
     task: Tasks = None,
+    corrupt: Corrupt = None,
+    severity: Severity = None,
+    unseen: Unseen = None,
     batch_size: Batch = 64,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -77,14 +88,17 @@ def evaluate(
 ) -> None:
     """Measure a model on a suite's test splits, beside every task's own expert. Batches mix the tasks."""
     from plait import progress
-    from plait.evaluate import results, show, tables
+    from plait.evaluate import results, robust, show, tables
     from plait.evaluate.measure import evaluate as measure
     from plait.suites.places import load_suite
 
+    under = robust.corruptions(show.parts(corrupt), severity)
     with progress.shown(quiet or as_json) as shown:
         options = show.options(batch_size, dtype, device, no_cache, shown)
-        found = measure(model, load_suite(suite), tasks=task, options=options)
-    show.emit_text(results.dump(found), as_json, lambda: show.console().print(tables.evaluation_table(found)))
+        how = {"tasks": task, "unseen": show.parts(unseen), "options": options}
+        chosen = load_suite(suite)
+        found = robust.robustness(model, chosen, under, **how) if under else measure(model, chosen, **how)
+    show.emit_text(results.dump(found), as_json, lambda: show.console().print(tables.result_table(found)))
 
 
 def compare(
@@ -99,6 +113,9 @@ def compare(
     baseline: Annotated[str, typer.Option(help="The row that others are tested against.")] = "task_arithmetic",
     out: Out = None,
     task: Tasks = None,
+    corrupt: Corrupt = None,
+    severity: Severity = None,
+    unseen: Unseen = None,
     batch_size: Batch = 64,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -109,17 +126,20 @@ def compare(
 ) -> None:
     """Merge and measure: one table of methods by tasks, beside experts, base, average and task arithmetic."""
     from plait import progress
-    from plait.evaluate import results, show, tables
+    from plait.evaluate import results, robust, show, tables
     from plait.evaluate.compare import Means
     from plait.evaluate.compare import compare as run
     from plait.evaluate.measure import Bench
     from plait.suites.places import load_suite
 
+    under = robust.corruptions(show.parts(corrupt), severity)
     chosen = load_suite(suite).only(task)
     folder = out or Path(f"comparison-{chosen.name}")
     with progress.shown(quiet or as_json) as shown:
-        bench = Bench(chosen, show.options(batch_size, dtype, device, no_cache, shown))
-        found = run(specs or [], bench, folder, baseline=baseline, means=Means(memory=memory, device=device))
+        options = show.options(batch_size, dtype, device, no_cache, shown)
+        bench = Bench(chosen, options, unseen=show.parts(unseen))
+        means = Means(memory=memory, device=device)
+        found = run(specs or [], bench, folder, baseline=baseline, means=means, under=under)
         written = show.write_comparison(found, folder)
     show.emit_text(results.dump(found), as_json, lambda: show.tables_text(tables.comparison_tables(found), written))
 

@@ -14,8 +14,9 @@ from plait.errors import RecipeError, nearest
 from plait.evaluate.contenders import Contender, by_method, contender
 from plait.evaluate.measure import Bench
 from plait.evaluate.metrics import difference
-from plait.evaluate.results import Comparison, Difference, Evaluation, Row
+from plait.evaluate.results import Comparison, Corrupted, Corruption, Difference, Evaluation, Row
 from plait.evaluate.subjects import Subject
+from plait.evaluate.unseen import refuse_listed, refuse_merged
 from plait.recipe import Recipe
 from plait.run import Merged, fit, merge
 from plait.show_state import state_data
@@ -36,15 +37,18 @@ class Means:
 
 
 def compare(
-    specs: Sequence[str], bench: Bench, out: Path, *, baseline: str = BASELINE, means: Means | None = None
-) -> Comparison:
+    specs: Sequence[str], bench: Bench, out: Path, *, baseline: str = BASELINE, means: Means | None = None,
+    under: Sequence[Corruption] = (),
+) -> Comparison:  # fmt: skip
     """Measure recipes, models and methods beside the experts, the base, averaging and task arithmetic.
 
     Merged models are left in `out`/models. `baseline` is the label of the row that all others are tested against.
-    Raises RecipeError for a spec that means nothing, CheckpointError for files that do not fit.
+    The bench's unseen tasks are measured, and their experts are not merged. Every model is measured `under` corruptions
+    too. Raises RecipeError for a spec that means nothing, CheckpointError for files that do not fit.
     """
     suite, means = bench.suite, means or Means()
-    chosen = _with_standards([contender(spec, suite) for spec in specs], bench)
+    benches = [bench.under(corruption) for corruption in under]
+    chosen = _with_standards([contender(spec, bench.seen) for spec in specs], bench)
     labels = ["experts", "base + heads", *(item.label for item in chosen)]
     doubled = next((label for label in labels if labels.count(label) > 1), None)
     if doubled is not None:
@@ -61,13 +65,18 @@ def compare(
         raise RecipeError(f"compare: no row is called '{baseline}' to be the baseline{nearest(baseline, labels)}")
     for item in chosen:
         if item.recipe is not None:
+            refuse_listed(item.recipe, item.label, suite, bench.unseen)
             check(item.recipe)
+        else:
+            refuse_merged(_subject(item, bench), bench.unseen)
     rows = [
-        _row("experts", "expert", bench.experts(), data="training data"),
-        _row("base + heads", "base", bench.evaluate(Subject.base(suite))),
-    ]
+        _row("experts", "expert", bench.experts(), data="training data", corrupted=[
+            one.beside_experts(one.experts()) for one in benches
+        ]),
+        _row("base + heads", "base", *_evaluated(Subject.base(suite), bench, benches)),
+    ]  # fmt: skip
     for item in chosen:
-        rows.append(_measured(item, bench, out / "models" / item.slug, means))
+        rows.append(_measured(item, bench, benches, out / "models" / item.slug, means))
     against = next(row.evaluation for row in rows if row.label == baseline)
     return Comparison(
         suite=bench.facts(),
@@ -93,7 +102,7 @@ def inspection(bench: Bench, means: Means) -> dict[str, Any]:
     from plait.run import usable_threads
     from plait.units import parse_bytes
 
-    plan = make_plan(by_method("task_arithmetic", bench.suite))
+    plan = make_plan(by_method("task_arithmetic", bench.seen))
     engine = Engine(
         threads=means.threads or usable_threads(), memory=parse_bytes(means.memory, "memory"), device=means.device,
         progress=bench.progress,
@@ -119,18 +128,16 @@ def _with_standards(chosen: list[Contender], bench: Bench) -> list[Contender]:
     """Averaging and task arithmetic stand in every comparison, unless a row of that name was asked for."""
     given = {item.label for item in chosen}
     standards = [
-        Contender(method, by_method(method, bench.suite, parameters), None)
+        Contender(method, by_method(method, bench.seen, parameters), None)
         for method, parameters in STANDARDS.items()
         if method not in given
     ]
     return [*standards, *chosen]
 
 
-def _measured(item: Contender, bench: Bench, folder: Path, means: Means) -> Row:
-    suite = bench.suite
+def _measured(item: Contender, bench: Bench, benches: Sequence[Bench], folder: Path, means: Means) -> Row:
     if item.recipe is None:
-        assert item.model is not None
-        return _row(item.label, "model", bench.evaluate(Subject.model(suite, item.model, item.label)))
+        return _row(item.label, "model", *_evaluated(_subject(item, bench), bench, benches))
     state = _fitted(item.recipe, folder.parent.parent / "states" / item.slug, bench, means)
     start = time.perf_counter()
     merged = merge(
@@ -138,11 +145,20 @@ def _measured(item: Contender, bench: Bench, folder: Path, means: Means) -> Row:
         state=state.folder if state is not None else None, progress=bench.progress,
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    evaluation = bench.evaluate(Subject.model(suite, str(folder), item.label))
-    row = _row(item.label, "merge", evaluation, merged, seconds, saw(state))
+    found = _evaluated(Subject.model(bench.suite, str(folder), item.label), bench, benches)
+    row = _row(item.label, "merge", *found, merged, seconds, saw(state))
     if state is None:
         return row
     return row.model_copy(update={"fit_seconds": state.seconds, "learned": _learned(state)})
+
+
+def _subject(item: Contender, bench: Bench) -> Subject:
+    assert item.model is not None
+    return Subject.model(bench.suite, item.model, item.label)
+
+
+def _evaluated(subject: Subject, bench: Bench, benches: Sequence[Bench]) -> tuple[Evaluation, list[Corrupted]]:
+    return bench.evaluate(subject), [one.beside_experts(one.evaluate(subject)) for one in benches]
 
 
 def _fitted(recipe: Recipe, place: Path, bench: Bench, means: Means) -> State | None:
@@ -173,11 +189,12 @@ def _learned(state: State) -> dict[str, Any]:
 
 
 def _row(
-    label: str, kind: Any, evaluation: Evaluation, merged: Merged | None = None, seconds: float | None = None,
-    data: str = "none",
+    label: str, kind: Any, evaluation: Evaluation, corrupted: Sequence[Corrupted], merged: Merged | None = None,
+    seconds: float | None = None, data: str = "none",
 ) -> Row:  # fmt: skip
     return Row(
         label=label, kind=kind, evaluation=evaluation, merge_seconds=seconds, difference=None, data=data,
+        corrupted=list(corrupted),
         method=merged.plan.method.name if merged else None, recipe=merged.plan.recipe.canonical() if merged else None,
     )  # fmt: skip
 

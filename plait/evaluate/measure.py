@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,21 @@ import torch
 from plait import digests
 from plait.errors import CheckpointError, RecipeError
 from plait.evaluate import cache
+from plait.evaluate.corrupt import corrupt
 from plait.evaluate.metrics import interval, measure, resampled
-from plait.evaluate.results import Evaluation, Interval, ModelFacts, Protocol, SuiteFacts, TaskResult
+from plait.evaluate.results import (
+    Corrupted,
+    Corruption,
+    Evaluation,
+    Interval,
+    ModelFacts,
+    Part,
+    Protocol,
+    SuiteFacts,
+    TaskResult,
+)  # fmt: skip
 from plait.evaluate.subjects import Options, Subject
+from plait.evaluate.unseen import check_unseen, refuse_merged
 from plait.models.answers import AnswerNet
 from plait.models.net import Net, Sample
 from plait.models.outfit import question
@@ -29,8 +42,9 @@ from plait.suites.definition import Suite
 class Bench:
     """A suite with its test splits read and checked, ready to measure any number of models."""
 
-    def __init__(self, suite: Suite, options: Options | None = None) -> None:
+    def __init__(self, suite: Suite, options: Options | None = None, *, unseen: Sequence[str] = ()) -> None:
         self.suite = suite
+        self.unseen = check_unseen(suite, unseen)
         self.options = options or Options()
         self.progress = self.options.progress or Silent()
         self.splits: dict[str, Split] = {}
@@ -38,7 +52,26 @@ class Bench:
             splits = {name: load_split(suite, task, name) for name in entry.data if name != "train"}
             check_disjoint(task, splits)
             self.splits[task] = splits["test"]
+        self.corruption: Corruption | None = None
+        self._clean = self
         self._experts: dict[str, Evaluation] = {}
+
+    def under(self, corruption: Corruption) -> Bench:
+        """The same splits under a corruption; scores are still normalised by the experts on the splits as they are."""
+        for task, split in self.splits.items():
+            if not split.is_image:
+                raise RecipeError(
+                    f"--corrupt {corruption.name}: the inputs of {task} are texts, and corruptions are for images; "
+                    "leave --corrupt out, or choose tasks of images with --task"
+                )
+        other = copy.copy(self)
+        other.corruption, other._clean, other._experts = corruption, self, {}
+        return other
+
+    @property
+    def seen(self) -> Suite:
+        """The suite without the tasks that are unseen: what may be merged and learned from."""
+        return self.suite.only([task for task in self.suite.tasks if task not in self.unseen])
 
     def facts(self, tasks: list[str] | None = None) -> SuiteFacts:
         """The suite in a result."""
@@ -53,8 +86,8 @@ class Bench:
     def evaluate(self, subject: Subject, *, tasks: list[str] | None = None) -> Evaluation:
         """Measure a model on some tasks (default: all), with its tasks' experts as the yardstick."""
         names = list(self.suite.only(tasks).tasks)
-        experts = {task: self.expert(task) for task in names}
-        return self._assemble(subject, names, experts)
+        experts = {task: self._clean.expert(task) for task in names}
+        return self._parted(self._assemble(subject, names, experts), experts)
 
     def experts(self) -> Evaluation:
         """Every task's own expert, as one evaluation: the upper bound."""
@@ -64,13 +97,26 @@ class Bench:
             label="experts", path=None, fingerprint=digests.digest([part.model.fingerprint for part in parts]),
             parameters=sum(part.model.parameters for part in parts), bytes=sum(part.model.bytes for part in parts),
         )  # fmt: skip
-        own = {task: result.model_copy(update=_normalised(task, result, result)) for task, result in results.items()}
-        average, normalised = _averages(own, results)
+        clean = {task: self._clean.expert(task) for task in results}
+        own = {
+            task: result.model_copy(update=_normalised(task, result, clean[task])) for task, result in results.items()
+        }
+        average, normalised = _averages(own, clean)
         seconds = sum(part.seconds for part in parts)
-        return Evaluation(
+        found = Evaluation(
             model=facts, suite=self.facts(), protocol=self._protocol("model"), tasks=own, average=average,
             normalised=normalised, seconds=seconds, versions=_versions(),
             samples_per_second=sum(result.samples for result in own.values()) / seconds,
+        )  # fmt: skip
+        return self._parted(found, clean)
+
+    def beside_experts(self, found: Evaluation) -> Corrupted:
+        """An evaluation of this bench, under its corruption, beside the experts under the same one."""
+        experts = {task: self.expert(task) for task in found.tasks}
+        alike = {task: r.model_copy(update=_normalised(task, r, experts[task])) for task, r in found.tasks.items()}
+        return Corrupted(
+            evaluation=found, experts={task: result.score.value for task, result in experts.items()},
+            normalised_alike=_averages(alike, experts)[1],
         )  # fmt: skip
 
     def expert(self, task: str) -> TaskResult:
@@ -85,14 +131,26 @@ class Bench:
 
     def _protocol(self, task_id: Literal["head", "model"]) -> Protocol:
         options = self.options
-        return Protocol(batch_size=options.batch_size, dtype=options.dtype, device=options.device, task_id=task_id)
+        return Protocol(
+            batch_size=options.batch_size, dtype=options.dtype, device=options.device, task_id=task_id,
+            corruption=self.corruption,
+        )  # fmt: skip
+
+    def _parted(self, found: Evaluation, experts: Mapping[str, TaskResult]) -> Evaluation:
+        """With averages over the seen and over the unseen tasks, where some are unseen."""
+        parts: dict[str, Part] = {}
+        for name, wanted in (("seen", False), ("unseen", True)):
+            results = {task: result for task, result in found.tasks.items() if (task in self.unseen) == wanted}
+            if self.unseen and results:
+                average, normalised = _averages(results, experts)
+                parts[name] = Part(tasks=list(results), average=average, normalised=normalised)
+        return found.model_copy(update=parts)
 
     def _assemble(self, subject: Subject, tasks: list[str], experts: Mapping[str, TaskResult]) -> Evaluation:
         facts = self.facts(tasks)
         protocol = self._protocol(subject.task_id(tasks))
-        key = digests.digest(
-            [subject.fingerprint(tasks), facts.fingerprint, protocol.model_dump(), self.task_options(tasks)]
-        )
+        way = protocol.model_dump(exclude_none=True)  # what is clean keeps the key it had before there were corruptions
+        key = digests.digest([subject.fingerprint(tasks), facts.fingerprint, way, self.task_options(tasks)])
         found = cache.find(key) if self.options.use_cache else None
         if found is None:
             found = self._run(subject, tasks, facts, protocol)
@@ -121,11 +179,12 @@ class Bench:
             self._check_metrics(task, net)
         order = _mixed([len(self.splits[task]) for task in tasks], protocol.seed)
         answers: dict[str, list[Any]] = {task: [None] * len(self.splits[task]) for task in tasks}
-        self.progress.stage(f"evaluate {subject.label}", len(order), "samples")
+        under = f" under {self.corruption.name}" if self.corruption else ""
+        self.progress.stage(f"evaluate {subject.label}{under}", len(order), "samples")
         start = time.perf_counter()
         for at in range(0, len(order), protocol.batch_size):
             picked = [(tasks[which], int(row)) for which, row in order[at : at + protocol.batch_size]]
-            for task, row, answer in self._answer(net, picked):
+            for task, row, answer in self._answer(net, picked, protocol):
                 answers[task][row] = answer
             self.progress.advance(len(picked))
         seconds = time.perf_counter() - start
@@ -137,8 +196,8 @@ class Bench:
         )  # fmt: skip
 
     @torch.inference_mode()
-    def _answer(self, net: Net, picked: list[tuple[str, int]]) -> list[tuple[str, int, Any]]:
-        samples = [Sample(task, question(net, self.suite, task, self.splits[task], row)) for task, row in picked]
+    def _answer(self, net: Net, picked: list[tuple[str, int]], protocol: Protocol) -> list[tuple[str, int, Any]]:
+        samples = [Sample(task, self._input(net, task, row, protocol)) for task, row in picked]
         if isinstance(net, AnswerNet):
             told = [i for i, (task, _) in enumerate(picked) if self._generates(task)]
             texts = dict(zip(told, net.generate([samples[i].value for i in told]) if told else [], strict=True))
@@ -146,6 +205,12 @@ class Bench:
             found = [(*picked[i], text) for i, text in texts.items()]
             return found + (self._choose(net, [picked[i] for i in rest], [samples[i] for i in rest]) if rest else [])
         return self._choose(net, picked, samples)
+
+    def _input(self, net: Net, task: str, row: int, protocol: Protocol) -> Any:
+        value, how = question(net, self.suite, task, self.splits[task], row), protocol.corruption
+        if how is None:
+            return value
+        return corrupt(value, how.name, how.severity, seed=protocol.seed, task=task, row=row)
 
     def _choose(self, net: Net, picked: list[tuple[str, int]], samples: list[Sample]) -> list[tuple[str, int, Any]]:
         found = []
@@ -236,11 +301,15 @@ def _versions() -> dict[str, str]:
 
 
 def evaluate(
-    model: str | Path, suite: Suite, *, tasks: list[str] | None = None, options: Options | None = None
-) -> Evaluation:
+    model: str | Path, suite: Suite, *, tasks: list[str] | None = None, unseen: Sequence[str] = (),
+    options: Options | None = None,
+) -> Evaluation:  # fmt: skip
     """Measure a model (folder or hub id; full, or a LoRA adapter of the suite's base) on a suite.
 
-    Raises RecipeError for a suite that cannot be used, CheckpointError for files that do not fit.
+    Tasks that are `unseen`, without whose experts it was merged, get averages of their own. Raises RecipeError for a
+    suite that cannot be used, CheckpointError for files that do not fit.
     """
     suite = suite.only(tasks)
-    return Bench(suite, options).evaluate(Subject.model(suite, str(model)))
+    bench, subject = Bench(suite, options, unseen=unseen), Subject.model(suite, str(model))
+    refuse_merged(subject, bench.unseen)
+    return bench.evaluate(subject)

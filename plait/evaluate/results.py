@@ -48,6 +48,14 @@ class SuiteFacts(_Data):
     """Over every task's test inputs and labels."""
 
 
+class Corruption(_Data):
+    """What the test images went through before they were measured."""
+
+    name: str
+    severity: int
+    """From 1 to 5."""
+
+
 class Protocol(_Data):
     """How it was measured: whatever may change a number."""
 
@@ -59,6 +67,8 @@ class Protocol(_Data):
     task_id: Literal["head", "model"] = "head"
     """What is chosen by a sample's task: only its head, or the whole model (experts)."""
     seed: int = 0
+    corruption: Corruption | None = None
+    """None: the test inputs as they are."""
 
 
 class TaskResult(_Data):
@@ -70,7 +80,7 @@ class TaskResult(_Data):
     metrics: dict[str, float]
     """All metrics of the task, the main one among them."""
     expert: float | None
-    """The main metric of this task's own expert."""
+    """The main metric of this task's own expert, on the inputs as they are."""
     normalised: Interval | None
     """score / expert. None where the expert's score is unknown or not above zero."""
     samples: int
@@ -79,6 +89,14 @@ class TaskResult(_Data):
     predictions: list[Any]
     """Class index, number or text for every test sample, in the split's order."""
     labels: list[Any]
+
+
+class Part(_Data):
+    """Averages over some of the tasks."""
+
+    tasks: list[str]
+    average: Interval
+    normalised: Interval | None
 
 
 class Evaluation(_Data):
@@ -93,9 +111,32 @@ class Evaluation(_Data):
     """Mean of the tasks' scores."""
     normalised: Interval | None
     """Mean of the tasks' normalised scores."""
+    seen: Part | None = None
+    """The tasks whose experts were merged, where others are said to be unseen."""
+    unseen: Part | None = None
+    """The tasks that the model was merged without."""
     seconds: float
     samples_per_second: float
     versions: dict[str, str]
+
+
+class Corrupted(_Data):
+    """One model under one corruption."""
+
+    evaluation: Evaluation
+    """Normalised by the experts on the inputs as they are, so that a corruption shows what it costs."""
+    experts: dict[str, float]
+    """Task → the main metric of its own expert under the same corruption."""
+    normalised_alike: Interval | None
+    """Mean of score / expert's score where both were corrupted: whether the model bears it worse than experts do."""
+
+
+class Robustness(_Data):
+    """One model on clean inputs and under corruptions of them."""
+
+    schema_: Literal["plait.robustness/1"] = Field(default="plait.robustness/1", alias="schema")
+    clean: Evaluation
+    corrupted: list[Corrupted]
 
 
 class Difference(_Data):
@@ -126,6 +167,8 @@ class Row(_Data):
     """What data the method saw: `none`, `unlabeled inputs`, …"""
     difference: Difference | None
     """Against the comparison's baseline; None for the baseline itself and where there is nothing to pair."""
+    corrupted: list[Corrupted] = []
+    """The same model under corruptions, where the comparison measures them."""
 
 
 class Comparison(_Data):
@@ -170,9 +213,10 @@ class Sweep(_Data):
     points: list[Point]
 
 
-Result = Evaluation | Comparison | Sweep
+Result = Evaluation | Robustness | Comparison | Sweep
 _KINDS: dict[str, type[Result]] = {
-    "plait.evaluation/1": Evaluation, "plait.comparison/1": Comparison, "plait.sweep/1": Sweep,
+    "plait.evaluation/1": Evaluation, "plait.robustness/1": Robustness, "plait.comparison/1": Comparison,
+    "plait.sweep/1": Sweep,
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from plait.suites.data import check_disjoint, load_split
 from plait.suites.definition import Suite
 from plait.suites.places import PACKAGED, suite_folder
 
-__all__ = ["console", "emit", "emit_text", "options", "sizes", "suite_data", "suite_text", "suites_data",
+__all__ = ["console", "emit", "emit_text", "options", "parts", "sizes", "suite_data", "suite_text", "suites_data",
            "suites_text", "tables_text", "write_comparison", "write_sweep"]  # fmt: skip
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -40,6 +40,11 @@ def options(batch_size: int, dtype: str, device: str, no_cache: bool, progress: 
     if dtype not in _DTYPES:
         raise RecipeError(f"--dtype {dtype}: must be one of {', '.join(_DTYPES)}")
     return Options(batch_size=batch_size, dtype=dtype, device=device, use_cache=not no_cache, progress=progress)
+
+
+def parts(text: str | None) -> list[str]:
+    """`a,b,c` as names."""
+    return [part.strip() for part in text.split(",")] if text is not None else []
 
 
 def sizes(text: str | None) -> list[int]:

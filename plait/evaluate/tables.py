@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from plait.evaluate.results import Comparison, Evaluation, Interval, Row, Sweep
+from plait.evaluate.results import Comparison, Corrupted, Evaluation, Interval, Part, Robustness, Row, Sweep
 from plait.units import show_bytes, show_seconds
 
 SIGNIFICANT = 0.05
 _FOOT = (
     "normalised: score / score of the task's own expert, mean over tasks; ±: half of the 95 % interval (bootstrap); "
     "*: differs from {baseline} with p < 0.05 (paired); task id: what it chooses, the head alone or the model"
+)
+_UNSEEN_FOOT = "; seen, unseen: averages of the tasks whose experts were merged, and of the others"
+_CORRUPTED_FOOT = (
+    "normalised: by the experts on clean images; alike: by the experts on images as corrupted as the model's"
 )
 
 _STYLES = {"expert": "dim", "base": "dim"}
@@ -27,7 +31,8 @@ def comparison_rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
     tasks = found.suite.tasks
     header = [
         "model",
-        *tasks,
+        *_task_names(found.rows[0].evaluation),
+        *_part_names(found.rows[0].evaluation),
         "average",
         "normalised",
         f"against {found.baseline}",
@@ -43,11 +48,12 @@ def comparison_rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
 def comparison_tables(found: Comparison) -> list[Table]:
     """A comparison for the terminal: scores, the best merged model of every column bold; then what each model cost."""
     header, rows = comparison_rows(found)
-    scores = len(found.suite.tasks) + 4
+    parts = len(_part_names(found.rows[0].evaluation))
+    scores = len(found.suite.tasks) + parts + 4
     best = _best(found)
     made = [Table(box=None, header_style="bold", title=f"{escape(found.suite.name)}: test scores, %")]
     made.append(Table(box=None, header_style="bold", title="what it took", min_width=60))
-    made[0].caption = _FOOT.format(baseline=escape(found.baseline))
+    made[0].caption = _foot(found, escape(found.baseline))
     for table, columns in zip(made, (range(scores), [0, *range(scores, len(header))]), strict=True):
         for column in columns:  # long names of tasks are folded where the terminal is narrow, and nothing else
             align, task = "right" if column else "left", 0 < column <= len(found.suite.tasks)
@@ -55,15 +61,41 @@ def comparison_tables(found: Comparison) -> list[Table]:
         for at, (row, cells) in enumerate(zip(found.rows, rows, strict=True)):
             shown = [f"[bold]{escape(cells[c])}[/]" if (at, c) in best else escape(cells[c]) for c in columns]
             table.add_row(*shown, style=_STYLES.get(row.kind, ""))
+    if found.rows[0].corrupted:
+        made.insert(1, _corrupted_table(found))
     return made
 
 
 def comparison_markdown(found: Comparison) -> str:
-    """A comparison as a Markdown table."""
+    """A comparison as a Markdown table; under corruptions, with a second one of them."""
     header, rows = comparison_rows(found)
-    lines = ["| " + " | ".join(map(_plain, line)) + " |" for line in [header, *rows]]
-    lines.insert(1, "|---" + "|---:" * (len(header) - 1) + "|")
-    return "\n".join([*lines, "", _FOOT.format(baseline=f"`{found.baseline}`"), f"Machine: {found.machine}.", ""])
+    lines = [*_markdown(header, rows), "", _foot(found, f"`{found.baseline}`")]
+    if found.rows[0].corrupted:
+        lines += ["", *_markdown(*corrupted_rows(found)), "", _CORRUPTED_FOOT]
+    return "\n".join([*lines, f"Machine: {found.machine}.", ""])
+
+
+def corrupted_rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of a comparison under corruptions: normalised averages."""
+    header = ["model", "clean", *(_under(one) for one in found.rows[0].corrupted), "mean", "alike"]
+    rows = []
+    for row in found.rows:
+        under = [one.evaluation.normalised for one in row.corrupted]
+        alike = [one.normalised_alike for one in row.corrupted]
+        cells = [_share(row.evaluation.normalised), *map(_share, under), _mean(under), _mean(alike)]
+        rows.append([row.label, *cells])
+    return header, rows
+
+
+def _corrupted_table(found: Comparison) -> Table:
+    header, rows = corrupted_rows(found)
+    table = Table(box=None, header_style="bold", title="under corruptions: normalised, %", min_width=60)
+    table.caption = _CORRUPTED_FOOT
+    for place, name in enumerate(header):
+        table.add_column(name, justify="right" if place else "left", no_wrap=True, overflow="fold")
+    for row, cells in zip(found.rows, rows, strict=True):
+        table.add_row(*map(escape, cells), style=_STYLES.get(row.kind, ""))
+    return table
 
 
 def comparison_csv(found: Comparison) -> str:
@@ -82,13 +114,24 @@ def comparison_csv(found: Comparison) -> str:
         "data",
         "task_id",
     )
-    writer.writerow(["model", "kind", *found.suite.tasks, *ends, *more])
+    parts = [
+        f"{name}_{key}{end}"
+        for name in _part_names(found.rows[0].evaluation)
+        for key in ("average", "normalised")
+        for end in ("", "_low", "_high")
+    ]
+    under = [f"{_under(one)} {key}" for one in found.rows[0].corrupted for key in ("average", "normalised", "alike")]
+    writer.writerow(["model", "kind", *found.suite.tasks, *ends, *more, *parts, *under])
     for row in found.rows:
         e, d = row.evaluation, row.difference
         scores = [e.tasks[task].score.value for task in found.suite.tasks]
         tested = [None] * 4 if d is None else [d.value, d.low, d.high, d.p]
         facts = [row.fit_seconds, row.merge_seconds, e.model.bytes, row.data, e.protocol.task_id]
         cells = [row.label, row.kind, *scores, *_three(e.average), *_three(e.normalised), *tested, *facts]
+        cells += [cell for part in _parts(e) for cell in (*_three(part.average), *_three(part.normalised))]
+        for one in row.corrupted:
+            values = (one.evaluation.average, one.evaluation.normalised, one.normalised_alike)
+            cells += [None if value is None else value.value for value in values]
         writer.writerow(["" if cell is None else cell for cell in cells])
     return out.getvalue()
 
@@ -98,7 +141,7 @@ def evaluation_table(found: Evaluation) -> Table:
     table = Table(box=None, header_style="bold", title=f"{escape(found.model.label)} on {found.suite.name}, %")
     for place, name in enumerate(("task", "metric", "score", "95 %", "expert", "normalised", "others", "samples")):
         table.add_column(name, justify="left" if place < 2 else "right")
-    for task, result in found.tasks.items():
+    for task, result in zip(_task_names(found), found.tasks.values(), strict=True):
         others = ", ".join(f"{k} {_percent(v)}" for k, v in result.metrics.items() if k != result.metric)
         share = _percent(result.normalised.value) if result.normalised else "-"
         expert = _percent(result.expert) if result.expert is not None else "-"
@@ -108,8 +151,35 @@ def evaluation_table(found: Evaluation) -> Table:
     spread = f"{_percent(found.average.low)} … {_percent(found.average.high)}"
     share = _percent(found.normalised.value) if found.normalised else "-"
     table.add_row("average", "", _percent(found.average.value), spread, "", share, "", "", style="bold")
+    for name, part in zip(_part_names(found), _parts(found), strict=True):
+        spread = f"{_percent(part.average.low)} … {_percent(part.average.high)}"
+        cells = [f"of {len(part.tasks)} {name}", "", _percent(part.average.value), spread, "", _share(part.normalised)]
+        table.add_row(*cells, "", "", style="bold")
     table.caption = f"{found.samples_per_second:.0f} samples/s, {found.model.parameters / 1e6:.1f} M parameters"
     return table
+
+
+def robustness_table(found: Robustness) -> Table:
+    """One model, a line for clean images and one for every corruption."""
+    clean = found.clean
+    title = f"{escape(clean.model.label)} on {escape(clean.suite.name)}: test scores, %"
+    table = Table(box=None, header_style="bold", title=title, min_width=len(title), caption=_CORRUPTED_FOOT)
+    table.add_column("images", no_wrap=True)
+    for name in [*_task_names(clean), *_part_names(clean), "average", "normalised", "alike"]:
+        table.add_column(escape(name), justify="right", overflow="fold")
+    alike = [clean.normalised, *(one.normalised_alike for one in found.corrupted)]
+    names = ["clean", *map(_under, found.corrupted)]
+    rows = zip(names, [clean, *(one.evaluation for one in found.corrupted)], alike, strict=True)
+    for name, evaluation, share in rows:
+        cells = [_percent(result.score.value) for result in evaluation.tasks.values()]
+        cells += [_spread(part.average) for part in _parts(evaluation)]
+        table.add_row(name, *cells, _spread(evaluation.average), _spread(evaluation.normalised), _spread(share))
+    return table
+
+
+def result_table(found: Evaluation | Robustness) -> Table:
+    """One model as `plait eval` shows it."""
+    return robustness_table(found) if isinstance(found, Robustness) else evaluation_table(found)
 
 
 def sweep_table(found: Sweep) -> Table:
@@ -133,8 +203,9 @@ def _cells(row: Row, tasks: list[str]) -> list[str]:
     e, d = row.evaluation, row.difference
     against = "" if d is None else f"{100 * d.value:+.1f}{'*' if d.p < SIGNIFICANT else ''}"
     return [
-        row.label, *(_percent(e.tasks[task].score.value) for task in tasks), _spread(e.average), _spread(e.normalised),
-        against, show_seconds(row.fit_seconds) if row.fit_seconds is not None else "",
+        row.label, *(_percent(e.tasks[task].score.value) for task in tasks),
+        *(_spread(part.average) for part in _parts(e)), _spread(e.average), _spread(e.normalised), against,
+        show_seconds(row.fit_seconds) if row.fit_seconds is not None else "",
         show_seconds(row.merge_seconds) if row.merge_seconds is not None else "", show_bytes(e.model.bytes),
         row.data, e.protocol.task_id,
     ]  # fmt: skip
@@ -145,6 +216,8 @@ def _best(found: Comparison) -> set[tuple[int, int]]:
     ours = [at for at, row in enumerate(found.rows) if row.kind in ("merge", "model")]
     tasks = found.suite.tasks
     columns: list[Callable[[Row], float]] = [lambda row, t=task: row.evaluation.tasks[t].score.value for task in tasks]
+    for place in range(len(_part_names(found.rows[0].evaluation))):
+        columns.append(lambda row, at=place: _parts(row.evaluation)[at].average.value)
     columns += [lambda row: row.evaluation.average.value]
     columns += [lambda row: row.evaluation.normalised.value if row.evaluation.normalised else 0.0]
     best = set()
@@ -152,6 +225,44 @@ def _best(found: Comparison) -> set[tuple[int, int]]:
         most = max((value(found.rows[at]) for at in ours), default=None)
         best |= {(at, column) for at in ours if value(found.rows[at]) == most}
     return best
+
+
+def _foot(found: Comparison, baseline: str) -> str:
+    return _FOOT.format(baseline=baseline) + (_UNSEEN_FOOT if _parts(found.rows[0].evaluation) else "")
+
+
+def _parts(found: Evaluation) -> list[Part]:
+    return [part for part in (found.seen, found.unseen) if part is not None]
+
+
+def _task_names(found: Evaluation) -> list[str]:
+    unseen = found.unseen.tasks if found.unseen else []
+    return [f"{task} (unseen)" if task in unseen else task for task in found.tasks]
+
+
+def _part_names(found: Evaluation) -> list[str]:
+    return [name for name, part in (("seen", found.seen), ("unseen", found.unseen)) if part is not None]
+
+
+def _under(one: Corrupted) -> str:
+    """`motion 2`."""
+    how = one.evaluation.protocol.corruption
+    assert how is not None
+    return f"{how.name} {how.severity}"
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(map(_plain, line)) + " |" for line in [header, *rows]]
+    return [lines[0], "|---" + "|---:" * (len(header) - 1) + "|", *lines[1:]]
+
+
+def _mean(values: Sequence[Interval | None]) -> str:
+    known = [value.value for value in values if value is not None]
+    return _percent(sum(known) / len(known)) if len(known) == len(values) else "-"
+
+
+def _share(value: Interval | None) -> str:
+    return "-" if value is None else _percent(value.value)
 
 
 def _percent(value: float) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from plait.errors import MachineError, RecipeError
-from plait.evaluate.results import Comparison, Evaluation, Sweep
+from plait.evaluate.results import Result
 from plait.report.boards import gather
 from plait.report.page import page_text
 
@@ -19,7 +19,7 @@ __all__ = ["render", "write_report"]
 
 
 def render(
-    results: Sequence[Evaluation | Comparison | Sweep],
+    results: Sequence[Result],
     *,
     title: str | None = None,
     provenance: Mapping[str, str] | None = None,
@@ -34,7 +34,7 @@ def render(
 
 
 def write_report(
-    results: Sequence[Evaluation | Comparison | Sweep],
+    results: Sequence[Result],
     out: str | os.PathLike[str],
     *,
     title: str | None = None,

@@ -6,9 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from plait.evaluate.results import Comparison, Evaluation, Interval, Row, SuiteFacts, Sweep, TaskResult
-
-Result = Evaluation | Comparison | Sweep
+from plait.evaluate.results import (
+    Comparison,
+    Corrupted,
+    Evaluation,
+    Interval,
+    Result,
+    Robustness,
+    Row,
+    SuiteFacts,
+    Sweep,
+    TaskResult,
+)
 
 
 @dataclass(frozen=True)
@@ -65,22 +74,23 @@ def gather(results: Sequence[Result]) -> Material:
         for found in results
         if isinstance(found, Comparison)
     ]
-    for found in results:
-        if not isinstance(found, Evaluation):
-            continue
-        place = next((i for i, b in enumerate(boards) if b.suite.fingerprint == found.suite.fingerprint), None)
+    alone = [as_row(found) for found in results if isinstance(found, Evaluation)]
+    alone += [as_row(found.clean, found.corrupted) for found in results if isinstance(found, Robustness)]
+    for row in alone:
+        suite = row.evaluation.suite
+        place = next((i for i, b in enumerate(boards) if b.suite.fingerprint == suite.fingerprint), None)
         if place is None:
-            boards.append(Board(found.suite, (as_row(found),), None, None, None))
-        elif all(row.evaluation != found for row in boards[place].rows):
-            boards[place] = replace(boards[place], rows=(*boards[place].rows, as_row(found)))
+            boards.append(Board(suite, (row,), None, None, None))
+        elif all((one.evaluation, one.corrupted) != (row.evaluation, row.corrupted) for one in boards[place].rows):
+            boards[place] = replace(boards[place], rows=(*boards[place].rows, row))
     return Material(tuple(boards), tuple(found for found in results if isinstance(found, Sweep)))
 
 
-def as_row(evaluation: Evaluation) -> Row:
+def as_row(evaluation: Evaluation, corrupted: Sequence[Corrupted] = ()) -> Row:
     """A line for a model that was measured alone."""
     return Row(
         label=evaluation.model.label, kind="model", method=None, recipe=None, evaluation=evaluation,
-        merge_seconds=None, data="", difference=None,
+        merge_seconds=None, data="", difference=None, corrupted=list(corrupted),
     )  # fmt: skip
 
 

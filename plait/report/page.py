@@ -17,6 +17,7 @@ from importlib import resources
 from plait.errors import MachineError
 from plait.report.boards import Board, Material
 from plait.report.cards import cards
+from plait.report.corrupted import corrupted_part
 from plait.report.figures import Figure, Key
 from plait.report.learned import learned_parts
 from plait.report.marks import swatch
@@ -120,6 +121,9 @@ def _board_sections(board: Board, place: int, several: bool, plots: list[Figure]
     dots = task_dots(board)
     if dots:
         made.append(Section(f"tasks{end}", f"Tasks{of}", f"Task by task{of}", _figures([dots], plots)))
+    under = corrupted_part(board)
+    if under:
+        made.append(Section(f"corrupted{end}", f"Corrupted{of}", f"Under corruptions{of}", under))
     vectors = vector_figures(board.inspection)
     if vectors:
         made.append(Section(f"vectors{end}", f"Task vectors{of}", f"Task vectors{of}", _figures(vectors, plots)))

@@ -61,12 +61,17 @@ def _head(board: Board, *, costs: bool, fits: bool, data: bool, paired: bool) ->
         cells.append(_th("of experts, %", "number", "Mean over tasks of score / the task's own expert's score", "main"))
     known = len(cells) > 1
     cells.append(_th("average, %", "number", "Mean of the tasks' scores", "" if known else "main"))
+    if any(row.evaluation.unseen for row in board.rows):
+        cells.append(_th("seen, %", "number", "Mean of the scores of the tasks whose experts were merged"))
+        cells.append(_th("unseen, %", "number", "Mean of the scores of the tasks that nothing was merged for"))
     if paired:
         cells.append(_th("vs baseline", "number", f"Average minus that of {board.baseline}, in points"))
     metrics = {task: {r.evaluation.tasks[task].metric for r in board.rows if task in r.evaluation.tasks}
                for task in board.tasks}  # fmt: skip
+    unseen = {task for row in board.rows if row.evaluation.unseen for task in row.evaluation.unseen.tasks}
     for place, task in enumerate(board.tasks):
-        cells.append(_th(task, "number", f"{task}: {', '.join(sorted(metrics[task])) or 'score'}, %",
+        apart = "; its expert was not merged" if task in unseen else ""
+        cells.append(_th(task, "number", f"{task}: {', '.join(sorted(metrics[task])) or 'score'}, %{apart}",
                          "task first" if place == 0 else "task"))  # fmt: skip
     cells += [_th("fit time", "number", "Seconds to learn, before the merge", "first")] if fits else []
     cells += [_th("merge time", "number", "Seconds to merge", "" if fits else "first")] if costs else []
@@ -123,6 +128,8 @@ def _line(
     if any(other.evaluation.normalised for other in board.rows):
         cells.append(_average(found.normalised, "main best" if leading else "main"))
     cells.append(_average(found.average, ""))
+    if any(other.evaluation.unseen for other in board.rows):
+        cells += [_average(part.average if part else None, "") for part in (found.seen, found.unseen)]
     if paired:
         cells.append(_difference(row))
     for place, task in enumerate(board.tasks):
