@@ -21,6 +21,12 @@ Corrupt = Annotated[
     str | None,
     typer.Option(help="Also under these: motion, impulse, gaussian, pixelate, spatter, contrast, jpeg (with commas)."),
 ]
+ProtocolName = Annotated[
+    str,
+    typer.Option(
+        help="honest: batches mix the tasks. paper: one task a batch, and a routed model mixes once for the whole batch."
+    ),
+]
 Severity = Annotated[int | None, typer.Option(help="Of the corruptions: 1 (faint) to 5 (strong). Default: 3.")]
 Unseen = Annotated[
     str | None, typer.Option(help="Tasks (with commas) whose experts are not merged: averages of their own.")
@@ -79,6 +85,7 @@ def evaluate(
     corrupt: Corrupt = None,
     severity: Severity = None,
     unseen: Unseen = None,
+    protocol: ProtocolName = "honest",
     batch_size: Batch = 64,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -94,7 +101,7 @@ def evaluate(
 
     under = robust.corruptions(show.parts(corrupt), severity)
     with progress.shown(quiet or as_json) as shown:
-        options = show.options(batch_size, dtype, device, no_cache, shown)
+        options = show.options(batch_size, dtype, device, no_cache, shown, protocol)
         how = {"tasks": task, "unseen": show.parts(unseen), "options": options}
         chosen = load_suite(suite)
         found = robust.robustness(model, chosen, under, **how) if under else measure(model, chosen, **how)
@@ -116,6 +123,7 @@ def compare(
     corrupt: Corrupt = None,
     severity: Severity = None,
     unseen: Unseen = None,
+    protocol: ProtocolName = "honest",
     batch_size: Batch = 64,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -136,7 +144,7 @@ def compare(
     chosen = load_suite(suite).only(task)
     folder = out or Path(f"comparison-{chosen.name}")
     with progress.shown(quiet or as_json) as shown:
-        options = show.options(batch_size, dtype, device, no_cache, shown)
+        options = show.options(batch_size, dtype, device, no_cache, shown, protocol)
         bench = Bench(chosen, options, unseen=show.parts(unseen))
         means = Means(memory=memory, device=device)
         found = run(specs or [], bench, folder, baseline=baseline, means=means, under=under)

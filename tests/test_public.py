@@ -49,7 +49,7 @@ ORDER = [
     "sidefiles", "headfiles", "card", "run",
     "inspect", "progress", "show", "show_state", "templates",
     "suites.bases", "suites.train", "suites.builtin", "suites.build", "suites",
-    "evaluate.results", "evaluate.cache", "evaluate.metrics", "evaluate.corrupt", "evaluate.subjects",
+    "evaluate.results", "evaluate.cache", "evaluate.metrics", "evaluate.corrupt", "evaluate.subjects", "evaluate.routed",
     "evaluate.unseen", "evaluate.measure", "evaluate.robust", "evaluate.contenders",
     "evaluate.compare", "evaluate.sweep", "evaluate.tables",
     "report.text", "report.boards", "report.figures", "report.marks", "report.inspected", "report.fitted",

@@ -29,6 +29,7 @@ from plait.evaluate.results import (
     SuiteFacts,
     TaskResult,
 )  # fmt: skip
+from plait.evaluate.routed import Record
 from plait.evaluate.subjects import Options, Subject
 from plait.evaluate.unseen import check_unseen, refuse_merged
 from plait.models.answers import AnswerNet
@@ -104,8 +105,8 @@ class Bench:
         average, normalised = _averages(own, clean)
         seconds = sum(part.seconds for part in parts)
         found = Evaluation(
-            model=facts, suite=self.facts(), protocol=self._protocol("model"), tasks=own, average=average,
-            normalised=normalised, seconds=seconds, versions=_versions(),
+            model=facts, suite=self.facts(), protocol=self._protocol("model", of_expert=True), tasks=own,
+            average=average, normalised=normalised, seconds=seconds, versions=_versions(),
             samples_per_second=sum(result.samples for result in own.values()) / seconds,
         )  # fmt: skip
         return self._parted(found, clean)
@@ -129,11 +130,11 @@ class Bench:
         """Bootstrap draws of a task's normalised score."""
         return _ratio(task, result, self.expert(task))
 
-    def _protocol(self, task_id: Literal["head", "model"]) -> Protocol:
+    def _protocol(self, task_id: Literal["head", "model"], of_expert: bool = False) -> Protocol:
         options = self.options
         return Protocol(
             batch_size=options.batch_size, dtype=options.dtype, device=options.device, task_id=task_id,
-            corruption=self.corruption,
+            corruption=self.corruption, mixed_batches=options.mixed or of_expert,
         )  # fmt: skip
 
     def _parted(self, found: Evaluation, experts: Mapping[str, TaskResult]) -> Evaluation:
@@ -148,7 +149,7 @@ class Bench:
 
     def _assemble(self, subject: Subject, tasks: list[str], experts: Mapping[str, TaskResult]) -> Evaluation:
         facts = self.facts(tasks)
-        protocol = self._protocol(subject.task_id(tasks))
+        protocol = self._protocol(subject.task_id(tasks), subject.is_expert)
         way = protocol.model_dump(exclude_none=True)  # what is clean keeps the key it had before there were corruptions
         key = digests.digest([subject.fingerprint(tasks), facts.fingerprint, way, self.task_options(tasks)])
         found = cache.find(key) if self.options.use_cache else None
@@ -177,14 +178,18 @@ class Bench:
         net, heads = subject.load(tasks, {task: self.classes(task) for task in tasks}, self.options)
         for task in tasks:
             self._check_metrics(task, net)
-        order = _mixed([len(self.splits[task]) for task in tasks], protocol.seed)
+        sizes = [len(self.splits[task]) for task in tasks]
+        batches = _batches(sizes, protocol)
+        record = Record.of(net, tasks)
+        if record is not None:
+            net.body.routing.context.average = not protocol.mixed_batches  # type: ignore[union-attr]
         answers: dict[str, list[Any]] = {task: [None] * len(self.splits[task]) for task in tasks}
         under = f" under {self.corruption.name}" if self.corruption else ""
-        self.progress.stage(f"evaluate {subject.label}{under}", len(order), "samples")
+        self.progress.stage(f"evaluate {subject.label}{under}", sum(sizes), "samples")
         start = time.perf_counter()
-        for at in range(0, len(order), protocol.batch_size):
-            picked = [(tasks[which], int(row)) for which, row in order[at : at + protocol.batch_size]]
-            for task, row, answer in self._answer(net, picked, protocol):
+        for batch in batches:
+            picked = [(tasks[which], int(row)) for which, row in batch]
+            for task, row, answer in self._answer(net, picked, protocol, record):
                 answers[task][row] = answer
             self.progress.advance(len(picked))
         seconds = time.perf_counter() - start
@@ -192,19 +197,28 @@ class Bench:
         average, _ = _averages(results, {})
         return Evaluation(
             model=subject.facts(net), suite=facts, protocol=protocol, tasks=results, average=average, normalised=None,
-            seconds=seconds, samples_per_second=len(order) / seconds, versions=_versions(),
+            routing=None if record is None else record.result(results),
+            seconds=seconds, samples_per_second=sum(sizes) / seconds, versions=_versions(),
         )  # fmt: skip
 
     @torch.inference_mode()
-    def _answer(self, net: Net, picked: list[tuple[str, int]], protocol: Protocol) -> list[tuple[str, int, Any]]:
+    def _answer(
+        self, net: Net, picked: list[tuple[str, int]], protocol: Protocol, record: Record | None
+    ) -> list[tuple[str, int, Any]]:
         samples = [Sample(task, self._input(net, task, row, protocol)) for task, row in picked]
         if isinstance(net, AnswerNet):
             told = [i for i, (task, _) in enumerate(picked) if self._generates(task)]
             texts = dict(zip(told, net.generate([samples[i].value for i in told]) if told else [], strict=True))
+            if told and record is not None:
+                asked = [picked[i] for i in told]
+                places = {task: [i for i, (name, _) in enumerate(asked) if name == task] for task, _ in asked}
+                record.add(places, asked, fan=False)
             rest = [i for i in range(len(picked)) if i not in texts]
             found = [(*picked[i], text) for i, text in texts.items()]
-            return found + (self._choose(net, [picked[i] for i in rest], [samples[i] for i in rest]) if rest else [])
-        return self._choose(net, picked, samples)
+            if not rest:
+                return found
+            return found + self._choose(net, [picked[i] for i in rest], [samples[i] for i in rest], record)
+        return self._choose(net, picked, samples, record)
 
     def _input(self, net: Net, task: str, row: int, protocol: Protocol) -> Any:
         value, how = question(net, self.suite, task, self.splits[task], row), protocol.corruption
@@ -212,9 +226,14 @@ class Bench:
             return value
         return corrupt(value, how.name, how.severity, seed=protocol.seed, task=task, row=row)
 
-    def _choose(self, net: Net, picked: list[tuple[str, int]], samples: list[Sample]) -> list[tuple[str, int, Any]]:
-        found = []
-        for task, scores in net.scores(net.collate(samples)).items():
+    def _choose(
+        self, net: Net, picked: list[tuple[str, int]], samples: list[Sample], record: Record | None
+    ) -> list[tuple[str, int, Any]]:
+        found, batch = [], net.collate(samples)
+        answered = net.scores(batch)
+        if record is not None:
+            record.add(batch.rows, picked, fan=True)
+        for task, scores in answered.items():
             rows = [row for name, row in picked if name == task]
             # A head with one output is a regression: its output is the answer.
             values = scores[:, 0] if scores.shape[1] == 1 else scores.argmax(dim=1)
@@ -257,6 +276,15 @@ class Bench:
             metric=metrics[0], score=score, metrics=values, expert=None, normalised=None, samples=len(labels),
             head=head, predictions=answers, labels=labels,
         )  # fmt: skip
+
+
+def _batches(sizes: list[int], protocol: Protocol) -> list[np.ndarray]:
+    """Batches of (task, row): of all tasks' rows in one random order, or of one task after another."""
+    order, size = _mixed(sizes, protocol.seed), protocol.batch_size
+    if protocol.mixed_batches:
+        return [order[at : at + size] for at in range(0, len(order), size)]
+    parts = [order[order[:, 0] == task] for task in range(len(sizes))]
+    return [part[at : at + size] for part in parts for at in range(0, len(part), size)]
 
 
 def _mixed(sizes: list[int], seed: int) -> np.ndarray:

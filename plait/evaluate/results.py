@@ -91,6 +91,22 @@ class TaskResult(_Data):
     labels: list[Any]
 
 
+class Routing(_Data):
+    """How a routed model mixed its experts for the samples of every task."""
+
+    experts: list[str]
+    routes: list[str]
+    """Groups of layers with weights of their own, from first to last; one where the whole model has one mixture."""
+    weights: dict[str, list[list[float]]]
+    """Task → per route the mean weight of every expert."""
+    chosen: dict[str, list[int]]
+    """Task → how many samples had each expert as their heaviest, by the mean over the routes."""
+    right: dict[str, float]
+    """Task → share of its samples whose heaviest expert is its own."""
+    blind: dict[str, float]
+    """Task → accuracy where the head, too, is the heaviest expert's: nothing is told the task."""
+
+
 class Part(_Data):
     """Averages over some of the tasks."""
 
@@ -115,6 +131,8 @@ class Evaluation(_Data):
     """The tasks whose experts were merged, where others are said to be unseen."""
     unseen: Part | None = None
     """The tasks that the model was merged without."""
+    routing: Routing | None = None
+    """For models that are routed by their input."""
     seconds: float
     samples_per_second: float
     versions: dict[str, str]

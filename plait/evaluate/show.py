@@ -35,11 +35,18 @@ def emit_text(json_text: str, as_json: bool, text: Callable[[], None]) -> None:
         text()
 
 
-def options(batch_size: int, dtype: str, device: str, no_cache: bool, progress: Any) -> Options:
+def options(
+    batch_size: int, dtype: str, device: str, no_cache: bool, progress: Any, protocol: str = "honest"
+) -> Options:
     """Evaluation options from the command line."""
+    if protocol not in ("honest", "paper"):
+        raise RecipeError(f"--protocol {protocol}: must be honest or paper")
     if dtype not in _DTYPES:
         raise RecipeError(f"--dtype {dtype}: must be one of {', '.join(_DTYPES)}")
-    return Options(batch_size=batch_size, dtype=dtype, device=device, use_cache=not no_cache, progress=progress)
+    return Options(
+        batch_size=batch_size, dtype=dtype, device=device, use_cache=not no_cache, progress=progress,
+        mixed=protocol == "honest",
+    )  # fmt: skip
 
 
 def parts(text: str | None) -> list[str]:

@@ -32,6 +32,8 @@ class Options:
     device: str = "cpu"
     use_cache: bool = True
     progress: Any = None
+    mixed: bool = True
+    """Batches mix all tasks. False is the papers' way: one task a batch, and a routed model mixes once for all of it."""
 
 
 @dataclass
