@@ -24,7 +24,7 @@ Corrupt = Annotated[
 ProtocolName = Annotated[
     str,
     typer.Option(
-        help="honest: batches mix the tasks. paper: one task a batch, and a routed model mixes once for the whole batch."
+        help="honest: batches mix the tasks. paper: one task a batch, and a routed model mixes once for all of it."
     ),
 ]
 Severity = Annotated[int | None, typer.Option(help="Of the corruptions: 1 (faint) to 5 (strong). Default: 3.")]

@@ -33,7 +33,7 @@ class Options:
     use_cache: bool = True
     progress: Any = None
     mixed: bool = True
-    """Batches mix all tasks. False is the papers' way: one task a batch, and a routed model mixes once for all of it."""
+    """Batches mix all tasks. False is the papers' way: one task a batch, for which a routed model mixes once."""
 
 
 @dataclass
