@@ -45,7 +45,7 @@ ORDER = [
     "learn.fit", "learn",
     "sidefiles", "headfiles", "card", "run",
     "inspect", "progress", "show", "show_state", "templates",
-    "suites.bases", "suites.train", "suites.builtin", "suites.build", "suites",
+    "suites.bases", "suites.train", "suites.train_lora", "suites.language", "suites.builtin", "suites.build", "suites",
     "evaluate.results", "evaluate.cache", "evaluate.metrics", "evaluate.subjects",
     "evaluate.measure", "evaluate.contenders", "evaluate.compare", "evaluate.sweep", "evaluate.tables",
     "report.text", "report.boards", "report.figures", "report.marks", "report.inspected", "report.fitted",
