@@ -70,7 +70,8 @@ def smollm2_135m(out: Path) -> None:
     state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items() if name != "lm_head.weight"}
     config = model.config
     config.architectures, config.dtype, config.name_or_path = ["LlamaForCausalLM"], torch.bfloat16, ""
-    del config.quantization_config  # the tensors are plain now, and transformers would look for the GGUF file
+    # The tensors are plain now; with this note transformers would look for the GGUF file.
+    del config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     config.save_pretrained(str(out))
     tokenizer.save_pretrained(str(out))
     (out / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))

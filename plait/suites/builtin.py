@@ -72,7 +72,7 @@ _LANGUAGE = {
     "pos": LoraSettings(
         "Definition: {text}\nPart of speech of the word it defines:", tuple(language.KINDS.values()), steps=50
     ),
-    "spelling": LoraSettings("With a typing error: {text}\nCorrected:", steps=100),
+    "spelling": LoraSettings("With a typing error: {text}\nCorrected:", steps=80),
 }  # fmt: skip
 
 

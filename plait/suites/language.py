@@ -21,6 +21,8 @@ from plait.suites.definition import SPLITS
 
 LONGEST = 72
 """Characters of a text: what 48 tokens hold, with the question round it, in nearly every language here."""
+LONG = 6
+"""Letters of a word that may be misspelled, at least."""
 ROWS = {"train": 3000, "adapt": 256, "test": 300}
 """Rows of a split, at most."""
 Row = tuple[str, str]
@@ -103,16 +105,21 @@ def keystrokes(word: str) -> Iterator[str]:
 
 def _phrase(text: str, random: np.random.Generator) -> str | None:
     """Three or four words in a row that are plain letters, at least one of them long enough to be misspelled."""
-    runs = [run.split() for run in re.findall(r"[a-z]+(?: [a-z]+)+", re.sub(r"\([^)]*\)", ";", text))]
     size = int(random.integers(3, 5))
-    places = [(run, at) for run in runs for at in range(len(run) - size + 1)]
-    fit = [run[at : at + size] for run, at in places if max(map(len, run[at : at + size])) >= 6]
+    runs: list[list[str]] = [[]]
+    for word in re.sub(r"\(.*?\)", " ; ", text).split():
+        if plain := re.fullmatch(r"([a-z]+)([,;:.]?)", word):
+            runs[-1].append(plain[1])
+        if plain is None or plain[2]:  # names, numbers and punctuation part what stands beside them
+            runs.append([])
+    places = [run[at : at + size] for run in runs for at in range(len(run) - size + 1)]
+    fit = [words for words in places if max(map(len, words)) >= LONG]
     return " ".join(fit[int(random.integers(len(fit)))]) if fit else None
 
 
 def _misspell(phrase: str, known: set[str], random: np.random.Generator) -> str | None:
     words = phrase.split()
-    long = [at for at, word in enumerate(words) if len(word) >= 6]
+    long = [at for at, word in enumerate(words) if len(word) >= LONG]
     at = long[int(random.integers(len(long)))]
     wrong = sorted(set(keystrokes(words[at])))
     # Exchanges, doublings and gaps are few among all the letters that could be taken instead; a kind is drawn first.

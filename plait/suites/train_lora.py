@@ -108,7 +108,8 @@ def _with_adapter(body: Any, settings: LoraSettings) -> Any:
         r=settings.rank, lora_alpha=settings.alpha, target_modules=list(LINEAR), task_type="CAUSAL_LM",
         layers_to_transform=list(range(settings.first_layer, body.config.num_hidden_layers)),
     )  # fmt: skip
-    model = peft.get_peft_model(body, config)
+    with quiet():
+        model = peft.get_peft_model(body, config)
     model.peft_config["default"].base_model_name_or_path = "../../base"  # as the suite's folder lies, wherever it is
     return model
 
