@@ -139,9 +139,9 @@ def write_rows(folder: Path, first: int = 0) -> Path:
     """A task whose answer is w5 or w6; a split's texts are its own."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, split in enumerate(SPLITS):
-        rows = [
-            {"text": f"w{10 + row} w{30 + number + first}", "label": f"w{5 + row % 2}"} for row in range(12)
-        ]  # fmt: skip
+        rows = [{"text": f"w{10 + row} w{30 + number + first}", "label": f"w{5 + row % 2}"} for row in range(12)]
+        if split == "adapt":
+            rows = [{"text": row["text"]} for row in rows]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     return folder
 
@@ -265,6 +265,17 @@ def test_a_built_suite_can_be_measured(tmp_path: Path) -> None:
     build_suite("language", data=tmp_path, workers=1)
     found = compare(["average"], Bench(load_suite("language")), tmp_path / "out")
     assert {row.label for row in found.rows} >= {"experts", "base + heads", "average"}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_learns_needs_answers_to_choose_from(tmp_path: Path) -> None:
+    folder = build_suite("language", data=tmp_path, workers=1)
+    suite = load_suite("language")
+    recipe = {**suite.recipe("adamerging"), "data": str(folder / "suite.yaml"), "fit": {"steps": 1}}
+    with pytest.raises(RecipeError, match=r"tasks\.written: its answers are written .*; add answers:, or merge"):
+        plait.fit(recipe, tmp_path / "state")
+    recipe["models"] = recipe["models"][:1]
+    plait.fit(recipe, tmp_path / "state")
 
 
 def test_the_suite_is_offered() -> None:
