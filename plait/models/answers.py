@@ -45,12 +45,15 @@ class AnswerNet(Net):
         real = targets >= 0
         if self.family.answers == "causal":
             reading, places = inputs.pop("reading"), inputs.pop("places")
-            logits = self.body(**inputs).logits[reading.unsqueeze(1).expand_as(places)[real], places[real]]
+            spots = torch.stack([reading.unsqueeze(1).expand_as(places)[real], places[real]])
+            spots, back = spots.unique(dim=1, return_inverse=True)  # where anything is foretold, each once
+            logits = self.body(**inputs).logits[spots[0], spots[1]]
         else:
             start: Any = getattr(self.body.config, "decoder_start_token_id")  # noqa: B009
             shifted = torch.cat([torch.full_like(targets[:, :1], start), targets[:, :-1].clamp(min=0)], dim=1)
             logits = self.body(**inputs, decoder_input_ids=shifted).logits[real]
-        logp = logits.float().log_softmax(-1).gather(-1, targets[real].unsqueeze(-1)).squeeze(-1)  # [scored tokens]
+            back = torch.arange(len(logits), device=logits.device)
+        logp = logits.float().log_softmax(-1)[back, targets[real]]  # [scored tokens]
         total = logp.new_zeros(len(targets)).index_add(0, real.nonzero()[:, 0], logp)
         return {task: total[at].view(-1, len(self.answers[task])) for task, at in batch.rows.items()}
 

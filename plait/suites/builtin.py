@@ -93,7 +93,7 @@ RECIPES = {
         max_length=32, pooling="mean",
     ),
     "language": Recipe(
-        "SmolLM2-135M-Instruct, LoRA experts for four kinds of questions", "text", bases.smollm2_135m, _LANGUAGE,
-        max_length=48, write=language.write_task,
+        "SmolLM2-135M-Instruct, LoRA experts for four kinds of questions (7 processor minutes)", "text",
+        bases.smollm2_135m, _LANGUAGE, max_length=48, write=language.write_task,
     ),
 }  # fmt: skip
