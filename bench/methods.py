@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("methods", nargs="*", default=METHODS, help="method[:parameter=value,…]")
     parser.add_argument("--work", type=Path, default=None, help="where merged models go")
     parser.add_argument("--memory", default="2GB")
+    parser.add_argument("--dtype", default="float32", help="of the models while they are measured")
     given = parser.parse_args()
     suite = load_suite(given.suite)
     work = given.work or Path(f"methods-{suite.name}")
@@ -66,7 +67,7 @@ def main() -> None:
             cost.write_text(json.dumps(facts))
         costs[item.label] = json.loads(cost.read_text())
         labels.append((item.label, out))
-    found = compare([f"{slug(label)}={out}" for label, out in labels], Bench(suite, Options()), work)
+    found = compare([f"{slug(label)}={out}" for label, out in labels], Bench(suite, Options(dtype=given.dtype)), work)
     (work / "comparison.json").write_text(dump(found))
     write_report([found], work / "report.html")
     rows = {row.label: row for row in found.rows}

@@ -47,7 +47,7 @@ def suite_list(as_json: Json = False) -> None:
 
 @suite_app.command("build")
 def suite_build(
-    name: Annotated[str, typer.Argument(help="vision, text, vision-hard or text-hard.")],
+    name: Annotated[str, typer.Argument(help="vision, text, language, vision-hard or text-hard.")],
     data: Annotated[
         Path | None, typer.Option(help="Folder of the suite's data, where Plait is not a checkout.")
     ] = None,

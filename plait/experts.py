@@ -115,6 +115,11 @@ class Library:
         """The source of one spelling."""
         if spec not in self._open:
             source = self._open[spec] = open_source(spec, root=self.recipe.folder)
+            if source.config.get("plait") is not None and str(source.config.get("model_type")).startswith("plait"):
+                raise CheckpointError(
+                    f"{spec}: is a routed model, whose experts stay apart; give its experts, or a model of one set of "
+                    "weights"
+                )
             quantized = source.config.get("quantization_config")
             if quantized is not None:
                 kind = quantized.get("quant_method", "some method") if isinstance(quantized, Mapping) else "some method"

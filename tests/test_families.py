@@ -396,6 +396,41 @@ def test_generated_answers_are_greedy_and_alike_alone_and_together(zoo: dict[str
     assert len(set(found)) > 1
 
 
+@torch.inference_mode()
+def test_answers_that_share_their_text_are_read_once(zoo: dict[str, Pico]) -> None:
+    net = answering(zoo, "llama")
+    one, two = texts(3, 4)
+    batch = net.collate([Sample("yes-no", one), Sample("long", two), Sample("yes-no", one)])
+    # w1 and w2 after one prompt, twice; then w3 w4 w5, w6, and w7 w8, without their last words.
+    assert len(batch.inputs["input_ids"]) == 1 + 3
+    assert len(batch.inputs["targets"]) == 2 + 3 + 2
+
+
+@torch.inference_mode()
+def test_a_long_prompt_keeps_its_end_when_the_answer_is_written(zoo: dict[str, Pico]) -> None:
+    net = answering(zoo, "llama", max_length=4)
+    prompt = texts(9)[0]
+    assert net.generate([prompt]) == [plain_greedy(zoo["llama"], [2, *ids(prompt)[-3:]])]
+    assert net.processor.truncation_side == "right", "as it was"
+
+
+def test_writing_stops_when_every_first_line_is_there(zoo: dict[str, Pico], monkeypatch: pytest.MonkeyPatch) -> None:
+    net = answering(zoo, "llama")
+    asked: dict[str, Any] = {}
+
+    def generate(input_ids: Tensor, **options: Any) -> Tensor:
+        asked.update(options, prompt=input_ids)
+        return input_ids
+
+    monkeypatch.setattr(net.body, "generate", generate)
+    net.generate(["w1 w2"])
+    (stop,) = asked["stopping_criteria"]
+    line, word, end = 4, ids("w3")[0], 3
+    for new, done in [([word], False), ([word, line], True), ([line, word], False), ([line, line], False),
+                      ([line, word, line], True), ([word, end], False)]:  # fmt: skip
+        assert stop(torch.cat([asked["prompt"], torch.tensor([new])], dim=1), None).tolist() == [done]
+
+
 def plain_greedy(pico_: Pico, prompt: list[int]) -> str:
     """The most likely token, again and again."""
     model, answer = pico_.model, list[int]()

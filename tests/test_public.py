@@ -48,7 +48,7 @@ ORDER = [
     "learn.fit", "learn",
     "sidefiles", "headfiles", "card", "run",
     "inspect", "progress", "show", "show_state", "templates",
-    "suites.bases", "suites.train", "suites.builtin", "suites.build", "suites",
+    "suites.bases", "suites.train", "suites.train_lora", "suites.language", "suites.builtin", "suites.build", "suites",
     "evaluate.results", "evaluate.cache", "evaluate.metrics", "evaluate.corrupt", "evaluate.subjects",
     "evaluate.routed",
     "evaluate.unseen", "evaluate.measure", "evaluate.robust", "evaluate.contenders",

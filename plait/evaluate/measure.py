@@ -232,7 +232,7 @@ class Bench:
         found, batch = [], net.collate(samples)
         answered = net.scores(batch)
         if record is not None:
-            record.add(batch.rows, picked, fan=True)
+            record.add({task: batch.read(rows) for task, rows in batch.rows.items()}, picked, fan=True)
         for task, scores in answered.items():
             rows = [row for name, row in picked if name == task]
             # A head with one output is a regression: its output is the answer.

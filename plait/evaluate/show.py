@@ -94,7 +94,8 @@ def suite_data(suite: Suite) -> dict[str, Any]:
     for task, entry in suite.tasks.items():
         splits = {name: load_split(suite, task, name) for name in entry.data}
         check_disjoint(task, splits)
-        classes = splits["test"].classes
+        # Written answers are no classes, though the labels are texts.
+        classes = None if "exact_match" in entry.metrics else splits["test"].classes
         tasks[task] = {
             "expert": entry.expert, "head": entry.head or "the expert's", "metrics": list(entry.metrics),
             "classes": classes, "splits": {name: len(split) for name, split in splits.items()},

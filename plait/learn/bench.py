@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from plait.engine import Engine
-from plait.errors import CheckpointError
+from plait.errors import CheckpointError, RecipeError
 from plait.learn.data import Inputs
 from plait.methods.learned import Fit
+from plait.models.answers import AnswerNet
 from plait.models.net import Batch, Net, load_net
 from plait.models.outfit import outfit, pooling_of
 from plait.names import align
@@ -40,6 +41,12 @@ class Workbench:
         inputs.check(net)
         net.body.requires_grad_(False)
         self.net = net if inputs.pairs else outfit(net, suite, inputs.classes())
+        for task, answers in self.net.answers.items() if isinstance(self.net, AnswerNet) else ():
+            if not answers:
+                raise RecipeError(
+                    f"{suite.where('tasks', task)}: its answers are written (exact_match), and learning compares the "
+                    "likelihoods of given ones; add answers:, or merge the other tasks' experts"
+                )
         self._tensors = {tensor.key: tensor for tensor in plan.merged}
         self.places = places(self.net, plan)
         self._learned: list[str] = []

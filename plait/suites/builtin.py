@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from plait.suites import bases
+from plait.suites import bases, language
 from plait.suites.train import Settings
+from plait.suites.train_lora import LoraSettings
+
+How = Settings | LoraSettings
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,16 @@ class Recipe:
     """Folder of the data that is committed with the source."""
     base: Callable[[Path], None]
     """Writes the base model to a folder."""
-    tasks: dict[str, Settings]
+    tasks: Mapping[str, How]
     max_length: int = 512
     pooling: str | None = None
+    write: Callable[[Path, str, Path], None] | None = None
+    """(folder of the data, task, where to) makes a task's splits as JSON lines; without it they are copied."""
+
+    @property
+    def suffix(self) -> str:
+        """Of the data files."""
+        return ".parquet" if self.write is None else ".jsonl"
 
 
 # The lower half stays the base's. Trained in whole, experts lost what the base knew, and merges fell below it (LOG.md).
@@ -51,6 +61,19 @@ _TEXT = {
     "codelang": _SHORT,
     "pos": _SHORT,
 }
+# Every task has words of its own for its question, as tasks do that were never meant for one model.
+_LANGUAGE = {
+    "langid": LoraSettings(
+        "Text: {text}\nThe language of this text is", tuple(language.LANGUAGES.values()), steps=50
+    ),
+    "debsection": LoraSettings(
+        "Software package: {text}\nArchive section:", tuple(language.SECTIONS.values()), steps=50
+    ),
+    "pos": LoraSettings(
+        "Definition: {text}\nPart of speech of the word it defines:", tuple(language.KINDS.values()), steps=50
+    ),
+    "spelling": LoraSettings("With a typing error: {text}\nCorrected:", steps=80),
+}  # fmt: skip
 
 
 def _co_trained(tasks: dict[str, Settings], times: float) -> dict[str, Settings]:
@@ -68,5 +91,9 @@ RECIPES = {
     "text-hard": Recipe(
         "the same, with heads trained along with the experts", "text", bases.minilm_l6, _co_trained(_TEXT, 20),
         max_length=32, pooling="mean",
+    ),
+    "language": Recipe(
+        "SmolLM2-135M-Instruct, LoRA experts for four kinds of questions (7 processor minutes)", "text",
+        bases.smollm2_135m, _LANGUAGE, max_length=48, write=language.write_task,
     ),
 }  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 from plait.errors import RecipeError, nearest
 from plait.suites.definition import Suite, read_suite
 
-BUILT = ("vision", "vision-hard", "text", "text-hard")
+BUILT = ("vision", "vision-hard", "text", "text-hard", "language")
 """Suites that `plait suite build` can make."""
 PACKAGED = {
     "clip8": "CLIP ViT-B/32 on the eight tasks of the field",

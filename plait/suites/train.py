@@ -61,7 +61,7 @@ def make_expert(
     """
     torch.set_num_threads(1)
     torch.manual_seed(settings.seed)
-    split = _split(data / "train.parquet")
+    split = train_split(data / "train.parquet")
     classes = split.classes
     assert classes is not None
     net = load_net(base, str(base), max_length=max_length)
@@ -125,11 +125,8 @@ def _fine_tune(
     if settings.head_lr is not None:
         groups.append({"params": list(head.values()), "lr": settings.head_lr})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-    warmup = max(1, settings.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (settings.steps - step) / max(1, settings.steps - warmup))
-    )
-    for step, rows in enumerate(_batches(len(labels), settings)):
+    schedule = warmed_up(optimizer, settings.steps)
+    for step, rows in enumerate(batches(len(labels), settings.steps, settings.batch_size, settings.seed)):
         batch = net.collate([Sample("", split[int(row)]) for row in rows])
         with torch.autocast("cpu", dtype=torch.bfloat16):
             inputs = net.features(batch)
@@ -143,12 +140,20 @@ def _fine_tune(
         tell(step + 1)
 
 
-def _batches(count: int, settings: Settings) -> list[Tensor]:
+def warmed_up(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A tenth of the steps up to the optimizer's rate, the others down to nothing."""
+    warmup = max(1, steps // 10)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+
+
+def batches(count: int, steps: int, size: int, seed: int) -> list[Tensor]:
     """Every step's rows: whole shuffled passes over the data, cut to the number of steps."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    passes = math.ceil(settings.steps * settings.batch_size / count)
+    generator = torch.Generator().manual_seed(seed)
+    passes = math.ceil(steps * size / count)
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
-    return list(order.split(settings.batch_size))[: settings.steps]
+    return list(order.split(size))[:steps]
 
 
 def _save(net: Net, head: nn.ParameterDict, classes: list[str], base: Path, out: Path) -> None:
@@ -176,7 +181,8 @@ def _head_bytes(head: nn.ParameterDict, classes: list[str]) -> bytes:
     return file.header + b"".join(value.numpy().tobytes() for value in tensors.values())
 
 
-def _split(path: Path) -> Split:
+def train_split(path: Path) -> Split:
+    """The data file that an expert is trained on."""
     from plait.suites.data import load_split
     from plait.suites.definition import suite_of
 
