@@ -16,6 +16,7 @@ from plait.engine import Engine
 from plait.errors import CheckpointError, RecipeError
 from plait.learn.data import Inputs
 from plait.methods.learned import Fit
+from plait.methods.routed import IdentityFit
 from plait.models.answers import AnswerNet
 from plait.models.net import Batch, Net, load_net
 from plait.models.outfit import outfit, pooling_of
@@ -42,7 +43,7 @@ class Workbench:
         net.body.requires_grad_(False)
         self.net = net if inputs.pairs else outfit(net, suite, inputs.classes())
         for task, answers in self.net.answers.items() if isinstance(self.net, AnswerNet) else ():
-            if not answers:
+            if not answers and not isinstance(options, IdentityFit):  # whose input it is, a prompt alone tells
                 raise RecipeError(
                     f"{suite.where('tasks', task)}: its answers are written (exact_match), and learning compares the "
                     "likelihoods of given ones; add answers:, or merge the other tasks' experts"
