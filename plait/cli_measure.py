@@ -105,7 +105,7 @@ def evaluate(
         how = {"tasks": task, "unseen": show.parts(unseen), "options": options}
         chosen = load_suite(suite)
         found = robust.robustness(model, chosen, under, **how) if under else measure(model, chosen, **how)
-    show.emit_text(results.dump(found), as_json, lambda: show.console().print(tables.result_table(found)))
+    show.emit_text(results.dump(found), as_json, lambda: show.tables_text(tables.result_tables(found), []))
 
 
 def compare(

@@ -55,7 +55,7 @@ ORDER = [
     "evaluate.compare", "evaluate.sweep", "evaluate.tables",
     "report.text", "report.boards", "report.figures", "report.marks", "report.inspected", "report.fitted",
     "report.granules", "report.scores", "report.vectors", "report.learned", "report.sweeps", "report.table",
-    "report.corrupted", "report.cards", "report.provenance", "report.page", "report",
+    "report.corrupted", "report.routed", "report.cards", "report.provenance", "report.page", "report",
     "evaluate.show", "evaluate",
     "cli_measure", "cli", "__main__",
 ]  # fmt: skip

@@ -106,6 +106,29 @@ class Routing(_Data):
     blind: dict[str, float]
     """Task → accuracy where the head, too, is the heaviest expert's: nothing is told the task."""
 
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> Routing:
+        shape = [len(self.experts)] * len(self.routes)
+        if any([len(row) for row in rows] != shape for rows in self.weights.values()):
+            raise ValueError("weights must have a number for every route and expert")
+        if any(len(counts) != len(self.experts) for counts in self.chosen.values()):
+            raise ValueError("chosen must have a number for every expert")
+        if set(self.chosen) != set(self.weights):
+            raise ValueError("chosen must have the tasks of weights, and no others")
+        if not set(self.blind) <= set(self.right) <= set(self.weights) & set(self.experts):
+            raise ValueError("right and blind must have tasks of weights that have an expert, and no others")
+        return self
+
+    @property
+    def right_mean(self) -> float | None:
+        """Mean of `right` over its tasks; None where no task has an expert in the model."""
+        return sum(self.right.values()) / len(self.right) if self.right else None
+
+    @property
+    def blind_mean(self) -> float | None:
+        """Mean of `blind` over its tasks; None where it is known for none."""
+        return sum(self.blind.values()) / len(self.blind) if self.blind else None
+
 
 class Part(_Data):
     """Averages over some of the tasks."""

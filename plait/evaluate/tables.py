@@ -10,7 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from plait.evaluate.results import Comparison, Corrupted, Evaluation, Interval, Part, Robustness, Row, Sweep
+from plait.evaluate.results import Comparison, Corrupted, Evaluation, Interval, Part, Robustness, Routing, Row, Sweep
 from plait.units import show_bytes, show_seconds
 
 SIGNIFICANT = 0.05
@@ -23,6 +23,12 @@ _CORRUPTED_FOOT = (
     "normalised: by the experts on clean images; alike: by the experts on images as corrupted as the model's"
 )
 
+_ROUTED_FOOT = "; routed: share of the samples whose heaviest expert is their own task's, mean over tasks"
+_BLIND_FOOT = (
+    "rightly routed: the sample's heaviest expert is its own task's; blind: accuracy where that expert brings the head "
+    "too, so that nothing is told the task"
+)
+
 _STYLES = {"expert": "dim", "base": "dim"}
 
 
@@ -30,26 +36,18 @@ def comparison_rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and cells of a comparison."""
     tasks = found.suite.tasks
     header = [
-        "model",
-        *_task_names(found.rows[0].evaluation),
-        *_part_names(found.rows[0].evaluation),
-        "average",
-        "normalised",
-        f"against {found.baseline}",
-        "fit",
-        "merge",
-        "size",
-        "data",
-        "task id",
-    ]
-    return header, [_cells(row, tasks) for row in found.rows]
+        "model", *_task_names(found.rows[0].evaluation), *_part_names(found.rows[0].evaluation), "average",
+        "normalised", f"against {found.baseline}", *(["routed"] if _has_routed(found) else []), "fit", "merge", "size",
+        "data", "task id",
+    ]  # fmt: skip
+    return header, [_cells(row, tasks, routed=_has_routed(found)) for row in found.rows]
 
 
 def comparison_tables(found: Comparison) -> list[Table]:
     """A comparison for the terminal: scores, the best merged model of every column bold; then what each model cost."""
     header, rows = comparison_rows(found)
     parts = len(_part_names(found.rows[0].evaluation))
-    scores = len(found.suite.tasks) + parts + 4
+    scores = len(found.suite.tasks) + parts + 4 + _has_routed(found)
     best = _best(found)
     made = [Table(box=None, header_style="bold", title=f"{escape(found.suite.name)}: test scores, %")]
     made.append(Table(box=None, header_style="bold", title="what it took", min_width=60))
@@ -103,17 +101,8 @@ def comparison_csv(found: Comparison) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     ends = ("average", "average_low", "average_high", "normalised", "normalised_low", "normalised_high")
-    more = (
-        "difference",
-        "difference_low",
-        "difference_high",
-        "p",
-        "fit_seconds",
-        "merge_seconds",
-        "bytes",
-        "data",
-        "task_id",
-    )
+    tests = ("difference", "difference_low", "difference_high", "p")
+    routed = ["routed", "blind"] if _has_routed(found) else []
     parts = [
         f"{name}_{key}{end}"
         for name in _part_names(found.rows[0].evaluation)
@@ -121,13 +110,16 @@ def comparison_csv(found: Comparison) -> str:
         for end in ("", "_low", "_high")
     ]
     under = [f"{_under(one)} {key}" for one in found.rows[0].corrupted for key in ("average", "normalised", "alike")]
-    writer.writerow(["model", "kind", *found.suite.tasks, *ends, *more, *parts, *under])
+    costs = ("fit_seconds", "merge_seconds", "bytes", "data", "task_id")
+    writer.writerow(["model", "kind", *found.suite.tasks, *ends, *tests, *costs, *routed, *parts, *under])
     for row in found.rows:
         e, d = row.evaluation, row.difference
         scores = [e.tasks[task].score.value for task in found.suite.tasks]
         tested = [None] * 4 if d is None else [d.value, d.low, d.high, d.p]
         facts = [row.fit_seconds, row.merge_seconds, e.model.bytes, row.data, e.protocol.task_id]
         cells = [row.label, row.kind, *scores, *_three(e.average), *_three(e.normalised), *tested, *facts]
+        if routed:
+            cells += [e.routing.right_mean, e.routing.blind_mean] if e.routing else [None, None]
         cells += [cell for part in _parts(e) for cell in (*_three(part.average), *_three(part.normalised))]
         for one in row.corrupted:
             values = (one.evaluation.average, one.evaluation.normalised, one.normalised_alike)
@@ -177,9 +169,24 @@ def robustness_table(found: Robustness) -> Table:
     return table
 
 
-def result_table(found: Evaluation | Robustness) -> Table:
-    """One model as `plait eval` shows it."""
-    return robustness_table(found) if isinstance(found, Robustness) else evaluation_table(found)
+def routing_table(found: Evaluation, routing: Routing) -> Table:
+    """Of a model that is routed by its input: how often rightly, and what is left where nothing is told the task."""
+    table = Table(box=None, header_style="bold", min_width=60, caption=_BLIND_FOOT)
+    table.title = f"where {escape(found.model.label)} sent its inputs, %"
+    for place, name in enumerate(("task", "rightly routed", "blind")):
+        table.add_column(name, justify="right" if place else "left", no_wrap=bool(place), overflow="fold")
+    for task, name in zip(found.tasks, _task_names(found), strict=True):
+        if task in routing.chosen:
+            table.add_row(escape(name), _known(routing.right.get(task)), _known(routing.blind.get(task)))
+    table.add_row("average", _known(routing.right_mean), _known(routing.blind_mean), style="bold")
+    return table
+
+
+def result_tables(found: Evaluation | Robustness) -> list[Table]:
+    """One model as `plait eval` shows it: its scores and, where it is routed by its input, how that went."""
+    scores = robustness_table(found) if isinstance(found, Robustness) else evaluation_table(found)
+    clean = found.clean if isinstance(found, Robustness) else found
+    return [scores] if clean.routing is None else [scores, routing_table(clean, clean.routing)]
 
 
 def sweep_table(found: Sweep) -> Table:
@@ -199,13 +206,14 @@ def sweep_table(found: Sweep) -> Table:
     return table
 
 
-def _cells(row: Row, tasks: list[str]) -> list[str]:
+def _cells(row: Row, tasks: list[str], *, routed: bool) -> list[str]:
     e, d = row.evaluation, row.difference
+    right = [_known(e.routing.right_mean if e.routing else None)] if routed else []
     against = "" if d is None else f"{100 * d.value:+.1f}{'*' if d.p < SIGNIFICANT else ''}"
     return [
         row.label, *(_percent(e.tasks[task].score.value) for task in tasks),
         *(_spread(part.average) for part in _parts(e)), _spread(e.average), _spread(e.normalised), against,
-        show_seconds(row.fit_seconds) if row.fit_seconds is not None else "",
+        *right, show_seconds(row.fit_seconds) if row.fit_seconds is not None else "",
         show_seconds(row.merge_seconds) if row.merge_seconds is not None else "", show_bytes(e.model.bytes),
         row.data, e.protocol.task_id,
     ]  # fmt: skip
@@ -228,7 +236,12 @@ def _best(found: Comparison) -> set[tuple[int, int]]:
 
 
 def _foot(found: Comparison, baseline: str) -> str:
-    return _FOOT.format(baseline=baseline) + (_UNSEEN_FOOT if _parts(found.rows[0].evaluation) else "")
+    unseen = _UNSEEN_FOOT if _parts(found.rows[0].evaluation) else ""
+    return _FOOT.format(baseline=baseline) + unseen + (_ROUTED_FOOT if _has_routed(found) else "")
+
+
+def _has_routed(found: Comparison) -> bool:
+    return any(row.evaluation.routing is not None for row in found.rows)
 
 
 def _parts(found: Evaluation) -> list[Part]:
@@ -263,6 +276,10 @@ def _mean(values: Sequence[Interval | None]) -> str:
 
 def _share(value: Interval | None) -> str:
     return "-" if value is None else _percent(value.value)
+
+
+def _known(value: float | None) -> str:
+    return "-" if value is None else _percent(value)
 
 
 def _percent(value: float) -> str:

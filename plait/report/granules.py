@@ -54,9 +54,14 @@ def _frozen(names: Iterable[str]) -> list[str]:
 
 def heat(
     names: list[str], runs: list[Run], rows: Sequence[str], cells: list[list[float]], show: Callable[[float], str],
-    ends: tuple[float, float], scale: list[Any], *, percents: bool = False,
+    ends: tuple[float, float], scale: list[Any], *, percents: bool = False, across: str = "layer",
+    most: int = 24, hover: list[list[str]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What a figure needs: granules across, rows down; numbers in the cells where there is room for them."""
+    """What a figure needs: granules across, rows down; numbers in the cells where there is room for them.
+
+    `across` names the axis of runs, of which `most` are numbered; `hover` says more of a cell than its names and its
+    number, in plotly's text.
+    """
     written = len(names) <= _WRITTEN
     texts = [[show(value) for value in row] for row in cells]
     shown: Trace = {
@@ -65,7 +70,7 @@ def heat(
         "colorbar": {"thickness": 9, "outlinewidth": 0, "ticks": "", "tickfont": {"color": "@soft", "size": 11},
                      "tickformat": ".0%" if percents else ".2f", "nticks": 4},
         "xgap": 2 if written else 0, "ygap": 2, "hoverinfo": "text",
-        "hovertext": [
+        "hovertext": hover or [
             [f"{bold(row)}<br>{plot_text(name, 60)}<br>{text}" for name, text in zip(names, line_, strict=True)]
             for row, line_ in zip(rows, texts, strict=True)
         ],
@@ -82,7 +87,8 @@ def heat(
         "data": [shown],
         "layout": layout(
             xaxis=axis(
-                "layer" if runs else "", **_named(names, runs, 24), **quiet, range=[-0.5, len(names) - 0.5], tickangle=0
+                across if runs else "", **_named(names, runs, most), **quiet, range=[-0.5, len(names) - 0.5],
+                tickangle=0,
             ),
             yaxis=axis(
                 tickvals=list(range(len(rows))), ticktext=[plot_text(row, 14) for row in rows], **quiet,

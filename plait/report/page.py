@@ -22,6 +22,7 @@ from plait.report.figures import Figure, Key
 from plait.report.learned import learned_parts
 from plait.report.marks import swatch
 from plait.report.provenance import provenance, recipes
+from plait.report.routed import routed_parts
 from plait.report.scores import task_dots, tradeoffs
 from plait.report.sweeps import sweep_figure
 from plait.report.table import reading, table, told
@@ -129,12 +130,20 @@ def _board_sections(board: Board, place: int, several: bool, plots: list[Figure]
         made.append(Section(f"vectors{end}", f"Task vectors{of}", f"Task vectors{of}", _figures(vectors, plots)))
     learned = [parts for row in board.rows if (parts := learned_parts(row)) is not None]
     if learned:
-        inner = "".join(said + (_figures(figures, plots) if figures else "") for said, figures in learned)
-        made.append(Section(f"learned{end}", f"Learned{of}", f"What was learned{of}", inner))
+        made.append(Section(f"learned{end}", f"Learned{of}", f"What was learned{of}", _by_model(learned, plots)))
+    routed = [parts for row in board.rows if (parts := routed_parts(row)) is not None]
+    if routed:
+        inner = _by_model(routed, plots)
+        made.append(Section(f"routed{end}", f"Routed{of}", f"Where inputs were sent{of}", inner))
     costs = tradeoffs(board)
     if costs:
         made.append(Section(f"costs{end}", f"Trade-offs{of}", f"Trade-offs{of}", _figures(costs, plots)))
     return made
+
+
+def _by_model(parts: list[tuple[str, list[Figure]]], plots: list[Figure]) -> str:
+    """Model after model: its words, then its figures."""
+    return "".join(said + (_figures(figures, plots) if figures else "") for said, figures in parts)
 
 
 def _figures(figures: list[Figure], plots: list[Figure]) -> str:

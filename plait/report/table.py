@@ -66,6 +66,10 @@ def _head(board: Board, *, costs: bool, fits: bool, data: bool, paired: bool) ->
         cells.append(_th("unseen, %", "number", "Mean of the scores of the tasks that nothing was merged for"))
     if paired:
         cells.append(_th("vs baseline", "number", f"Average minus that of {board.baseline}, in points"))
+    if _has_routed(board):
+        cells.append(
+            _th("routed, %", "number", "Share of samples whose heaviest expert is their task's, mean of tasks")
+        )
     metrics = {task: {r.evaluation.tasks[task].metric for r in board.rows if task in r.evaluation.tasks}
                for task in board.tasks}  # fmt: skip
     unseen = {task for row in board.rows if row.evaluation.unseen for task in row.evaluation.unseen.tasks}
@@ -79,6 +83,10 @@ def _head(board: Board, *, costs: bool, fits: bool, data: bool, paired: bool) ->
     cells += [_th("data", "text", "What data the method saw")] if data else []
     cells.append(_th("task id", "text", "What is chosen by a sample's task: only its head, or the model"))
     return f"<tr>{''.join(cells)}</tr>"
+
+
+def _has_routed(board: Board) -> bool:
+    return any(row.evaluation.routing for row in board.rows)
 
 
 def _th(label: str, kind: str, title: str, css: str = "") -> str:
@@ -132,6 +140,9 @@ def _line(
         cells += [_average(part.average if part else None, "") for part in (found.seen, found.unseen)]
     if paired:
         cells.append(_difference(row))
+    if _has_routed(board):
+        right = found.routing.right_mean if found.routing else None
+        cells.append(f"<td>{MISSING}</td>" if right is None else _plain(right, percent(right), ""))
     for place, task in enumerate(board.tasks):
         cells.append(_score(row, board, task, low, high, best, "first" if place == 0 else ""))
     if fits:
@@ -215,6 +226,10 @@ def reading(board: Board) -> str:
         parts.append(
             f"<em>vs baseline</em> is the average minus that of {escape(board.baseline)} on the same samples, with a "
             f"permutation test: {levels}, each comparison for itself."
+        )
+    if _has_routed(board):
+        parts.append(
+            "<em>Routed</em> is the share of samples whose heaviest expert is their own task’s, mean over tasks."
         )
     if len(board.ranked) > 1:
         parts.append("The best merge on a task is bold and underlined. Press a heading to sort.")
