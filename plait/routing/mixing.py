@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-_MERGE, _BATCHED, _CHUNK = 1.6, 1.25, 1 << 22
-"""Cost of an entry of a sample's own weights against one of a plain product; of a batched product (bench/routing.py);
-entries of own weights that are held at once."""
+_MERGE, _BATCHED = 4.0, 1.1
+"""Cost of one expert in an entry of a sample's own weights, and of a batched product, in entries of a plain product
+over one token (measured, bench/routing.py)."""
+_SAMPLES, _BLOCK, _FEW = 8, 3 << 14, 64
+"""Samples and entries of own weights that are made at once, so that they stay in a core's cache; up to so many tokens,
+and four times the entries beyond."""
 
 
 def low_rank(x: Tensor, weights: Tensor, down: Tensor, up: Tensor, owner: Tensor) -> Tensor:
@@ -42,13 +45,14 @@ def dense(x: Tensor, weights: Tensor, base: Tensor, pick: Callable[[list[int]], 
     if weights.ndim == 3:
         return _apart(x, weights, base, deltas)
     samples, tokens = x.shape[0], x.shape[1]
+    count = len(experts)
     costs = {
-        "apart": (len(experts) + 1) * samples * tokens,
-        "merged": samples * (len(experts) * _MERGE + _MERGE + tokens * _BATCHED),
+        "apart": (count + 1) * samples * tokens,
+        "merged": samples * (count * _MERGE + tokens * _BATCHED),
     }
     if free and samples > 1:
         distinct, which = torch.unique(weights, dim=0, return_inverse=True)
-        costs["grouped"] = len(distinct) * (len(experts) + 1) * _MERGE + samples * tokens
+        costs["grouped"] = int(torch.count_nonzero(distinct)) * _MERGE + samples * tokens * _BATCHED
         if min(costs, key=costs.__getitem__) == "grouped":
             return _grouped(x, distinct, which, base, deltas)
     return _merged(x, weights, base, deltas) if costs["merged"] < costs["apart"] else _apart(x, weights, base, deltas)
@@ -69,19 +73,33 @@ def _apart(x: Tensor, weights: Tensor, base: Tensor, deltas: Tensor) -> Tensor:
 
 
 def _merged(x: Tensor, weights: Tensor, base: Tensor, deltas: Tensor) -> Tensor:
-    size = max(1, _CHUNK // base.numel())
-    parts = [
-        torch.bmm(rows, own_weights(share, base, deltas).transpose(1, 2))
-        for rows, share in zip(x.split(size), weights.split(size), strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    """Block by block of output rows and samples."""
+    rows = base.shape[0]
+    if len(x) >= _SAMPLES // 2:
+        rows = max(1, _BLOCK * (1 if x.shape[1] <= _FEW else 4) // base.shape[1])
+    blocks = []
+    for part, delta in zip(base.split(rows), deltas.split(rows, dim=1), strict=True):
+        done = [
+            torch.bmm(some, own_weights(share, part, delta).transpose(1, 2))
+            for some, share in zip(x.split(_SAMPLES), weights.split(_SAMPLES), strict=True)
+        ]
+        blocks.append(done[0] if len(done) == 1 else torch.cat(done))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
 
 def _grouped(x: Tensor, distinct: Tensor, which: Tensor, base: Tensor, deltas: Tensor) -> Tensor:
     if len(distinct) == 1:
-        return linear(x, own_weights(distinct, base, deltas)[0])
+        return linear(x, _one(distinct[0], base, deltas))
     y = x.new_empty(*x.shape[:-1], base.shape[0])
     for group, share in enumerate(distinct):
         rows = torch.nonzero(which == group).flatten()
-        y[rows] = linear(x[rows], own_weights(share.unsqueeze(0), base, deltas)[0])
+        y[rows] = linear(x[rows], _one(share, base, deltas))
     return y
+
+
+def _one(share: Tensor, base: Tensor, deltas: Tensor) -> Tensor:
+    """W0 + Σ w_k Δ_k of one mixture [K], of which only what it uses is read."""
+    used = torch.nonzero(share).flatten()
+    if len(used) < len(share):
+        share, deltas = share[used], deltas[used]
+    return torch.addmv(base.reshape(-1), deltas.flatten(1).T, share.to(deltas.dtype)).view_as(base)

@@ -98,7 +98,7 @@ class Store:
         """[K, *shape] of all experts, or of some, from what `decode` gave."""
         rows = list(range(self.experts)) if picked is None else list(picked)
         if self.kind == "dense":
-            flat = parts["values"] if picked is None else parts["values"][rows]
+            flat = parts["values"] if len(rows) == self.experts else parts["values"][rows]  # all: without a copy
         elif self.kind == "masked":
             flat = parts["bits"][rows] * parts["unified"] * parts["scale"][rows].unsqueeze(1).to(parts["unified"].dtype)
         elif self.kind == "pruned":
