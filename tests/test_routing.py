@@ -162,7 +162,9 @@ class TestMixing:
             weights = torch.eye(3).double()[[0, 2, 0, 0, 2, 0]]
         wanted = torch.stack([x[b] @ (base + sum(weights[b, k] * deltas[k] for k in range(3))).T for b in range(6)])
         for way in (mixing._apart, mixing._merged):
-            assert torch.allclose(way(x, weights, base, deltas), wanted, atol=1e-12)
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad):
+                    assert torch.allclose(way(x, weights, base, deltas), wanted, atol=1e-12)
         assert torch.allclose(mixing.dense(x, weights, base, lambda picked: deltas[picked]), wanted, atol=1e-12)
         assert torch.allclose(mixing.dense(x, weights, base, lambda p: deltas[p], free=False), wanted, atol=1e-12)
         distinct, which = torch.unique(weights, dim=0, return_inverse=True)
@@ -188,9 +190,12 @@ class TestMixing:
         wanted = torch.stack(
             [sum(weights[b, owner[r]] * torch.outer(x[b] @ down[r], up[r]) for r in range(7)) for b in range(4)]
         )
-        assert torch.allclose(mixing.low_rank(x, weights, down, up, owner), wanted, atol=1e-5)
+        start = torch.ones(4, 6, 3)
+        assert torch.allclose(mixing.low_rank(start, x, weights, down, up, owner), wanted + 1, atol=1e-5)
+        with torch.no_grad():  # in place
+            assert torch.allclose(mixing.low_rank(start.clone(), x, weights, down, up, owner), wanted + 1, atol=1e-5)
         per_token = weights.unsqueeze(1).expand(4, 6, 3)
-        assert torch.allclose(mixing.low_rank(x, per_token, down, up, owner), wanted, atol=1e-5)
+        assert torch.allclose(mixing.low_rank(start, x, per_token, down, up, owner), wanted + 1, atol=1e-5)
 
 
 class TestStores:

@@ -145,7 +145,7 @@ class RoutedLinear(Routed):
             y = linear(rows, base.weight)
         elif parts.store.kind == "low_rank":
             found = parts.open(x)
-            y = linear(rows, base.weight) + mixing.low_rank(rows, weights, found["down"], found["up"], parts.owner)
+            y = mixing.low_rank(linear(rows, base.weight), rows, weights, found["down"], found["up"], parts.owner)
         else:
             y = mixing.dense(
                 rows, weights, base.weight, lambda picked: parts.deltas(x, picked), steerable(weights)

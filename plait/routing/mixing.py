@@ -23,10 +23,20 @@ _SAMPLES, _BLOCK, _FEW = 8, 3 << 14, 64
 and four times the entries beyond."""
 
 
-def low_rank(x: Tensor, weights: Tensor, down: Tensor, up: Tensor, owner: Tensor) -> Tensor:
-    """Σ_k w_k (x V_kᵀ) U_k: x [B, T, n], weights [B, K] or [B, T, K], down [R, n], up [R, m], owner [R] → [B, T, m]."""
+def low_rank(y: Tensor, x: Tensor, weights: Tensor, down: Tensor, up: Tensor, owner: Tensor) -> Tensor:
+    """y + Σ_k w_k (x V_kᵀ) U_k; may write into y.
+
+    y [B, T, m], x [B, T, n], weights [B, K] or [B, T, K], down [R, n], up [R, m], owner [R] → [B, T, m].
+    """
     share = weights[..., owner]
-    return (linear(x, down) * (share if share.ndim == x.ndim else share.unsqueeze(1))) @ up
+    inner = linear(x, down) * (share if share.ndim == x.ndim else share.unsqueeze(1))
+    flat, inner = y.view(-1, y.shape[-1]), inner.view(-1, inner.shape[-1])
+    return (flat.addmm_(inner, up) if _may_write() else torch.addmm(flat, inner, up)).view(y.shape)
+
+
+def _may_write() -> bool:
+    """Whether buffers may be written into: not where gradients are kept, or a program is traced."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting())
 
 
 def dense(x: Tensor, weights: Tensor, base: Tensor, pick: Callable[[list[int]], Tensor], free: bool = True) -> Tensor:
@@ -77,14 +87,20 @@ def _merged(x: Tensor, weights: Tensor, base: Tensor, deltas: Tensor) -> Tensor:
     rows = base.shape[0]
     if len(x) >= _SAMPLES // 2:
         rows = max(1, _BLOCK * (1 if x.shape[1] <= _FEW else 4) // base.shape[1])
-    blocks = []
-    for part, delta in zip(base.split(rows), deltas.split(rows, dim=1), strict=True):
-        done = [
-            torch.bmm(some, own_weights(share, part, delta).transpose(1, 2))
-            for some, share in zip(x.split(_SAMPLES), weights.split(_SAMPLES), strict=True)
-        ]
-        blocks.append(done[0] if len(done) == 1 else torch.cat(done))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
+    y = x.new_empty(*x.shape[:-1], base.shape[0]) if _may_write() else None
+    blocks: list[Tensor] = []
+    for at, part, delta in zip(range(0, base.shape[0], rows), base.split(rows), deltas.split(rows, dim=1), strict=True):
+        done = []
+        for first, some, share in zip(
+            range(0, len(x), _SAMPLES), x.split(_SAMPLES), weights.split(_SAMPLES), strict=True
+        ):
+            found = torch.bmm(some, own_weights(share, part, delta).transpose(1, 2))
+            if y is None:
+                done.append(found)
+            else:
+                y[first : first + len(some), :, at : at + len(part)] = found
+        blocks += [torch.cat(done)] if done else []
+    return torch.cat(blocks, dim=-1) if y is None else y
 
 
 def _grouped(x: Tensor, distinct: Tensor, which: Tensor, base: Tensor, deltas: Tensor) -> Tensor:
