@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from plait.decide import Planner, Refusal, TensorPlan
-from plait.errors import CheckpointError, RecipeError, nearest
+from plait.errors import CheckpointError, RecipeError
 from plait.experts import Input, Library, Model, align_model
 from plait.layers import resize_config
 from plait.layout import BASE
-from plait.methods.compose import method_of, route_options
+from plait.methods.compose import checked, method_of, route_options
 from plait.methods.contract import MergeMethod
 from plait.methods.learned import options_of
 from plait.recipe import Recipe
@@ -127,14 +127,7 @@ def fit_options(recipe: Recipe, method: MergeMethod) -> Any:
         if recipe.fit:
             raise RecipeError(f"{recipe.where('fit')}: {method.name} learns nothing; remove fit:, or change the method")
         return None
-    known, given = method.learned.parameters, {}
-    for key, value in recipe.fit.items():
-        where = recipe.where("fit", key)
-        if key not in known:
-            hint = f"; '{key}' stands under parameters:" if key in method.parameters else nearest(key, known)
-            raise RecipeError(f"{where}: {method.name} has no fit option '{key}'{hint}")
-        given[known[key].keyword] = known[key].check(value, where)
-    return options_of(method.learned, given)
+    return options_of(method.learned, checked(recipe, "fit", method, method.learned.parameters))
 
 
 def refusal_text(refused: list[Refusal]) -> str:

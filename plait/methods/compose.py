@@ -138,14 +138,19 @@ def route_options(recipe: Recipe, method: MergeMethod) -> Any:
     """
     if method.dynamic is None:
         return None
-    known, given = method.dynamic.parameters, {}
-    for key, value in recipe.route.items():
-        where = recipe.where("route", key)
+    return method.dynamic.options(**checked(recipe, "route", method, method.dynamic.parameters))
+
+
+def checked(recipe: Recipe, section: str, method: MergeMethod, known: Mapping[str, Parameter]) -> dict[str, Any]:
+    """The options in a section of the recipe as keyword arguments. Raises RecipeError for what is not `known`."""
+    given = {}
+    for key, value in getattr(recipe, section).items():
+        where = recipe.where(section, key)
         if key not in known:
             hint = f"; '{key}' stands under parameters:" if key in method.parameters else nearest(key, known)
-            raise RecipeError(f"{where}: {method.name} has no route option '{key}'{hint}")
+            raise RecipeError(f"{where}: {method.name} has no {section} option '{key}'{hint}")
         given[known[key].keyword] = known[key].check(value, where)
-    return method.dynamic.options(**given)
+    return given
 
 
 def _named(method: MergeMethod, recipe: Recipe) -> _Stage:
