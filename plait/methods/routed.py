@@ -46,7 +46,7 @@ class IdentityFit:
     protocol: Literal["honest", "paper"] = "honest"
     epochs: Count = 50
     lr: Rate = 5e-4
-    batch: Count = 256
+    batch: Count = 64
     """Inputs of all tasks in a step."""
     inputs: Count = 5500
     """At most so many of every task."""
