@@ -66,7 +66,11 @@ def state_text(state: State) -> None:
         out.print(f"[yellow]stopped:[/] {escape(summary['verdict'])}; kept step {summary['best_step']}")
     elif "kept_step" in summary:
         out.print(f"kept step {summary['kept_step']} of {summary['steps_taken']}")
-    for table in (_tasks(summary), _numbers(state), _masks(state)):
+    if "routed" in summary:
+        out.print(
+            f"kept epoch {summary['kept_epoch']}: {summary['routed']:.1%} of watched inputs go to their own expert"
+        )
+    for table in (_tasks(summary), _confusion(summary, facts["tasks"]), _numbers(state), _masks(state)):
         if table is not None:
             out.print()
             out.print(table)
@@ -89,6 +93,17 @@ def _tasks(summary: dict[str, Any]) -> Table | None:
                  f"{item['entropy']:.3f}", f"{item['expert_entropy']:.3f}"]  # fmt: skip
         table.add_row(escape(task), *cells, *([f"{alone[task]:.1%}"] if alone else []))
     table.caption = "spread: entropy of the mean prediction, as a share of the expert's"
+    return table
+
+
+def _confusion(summary: dict[str, Any], experts: list[str]) -> Table | None:
+    if "confusion" not in summary:
+        return None
+    table = Table(box=None, header_style="bold", title="watched inputs by the expert they go to")
+    for name in ("task", *experts):
+        table.add_column(escape(name), justify="left" if name == "task" else "right")
+    for task, counts in summary["confusion"].items():
+        table.add_row(escape(task), *(str(count) if count else "·" for count in counts))
     return table
 
 

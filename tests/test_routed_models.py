@@ -16,8 +16,10 @@ import transformers
 from mini_suite import MiniSuite
 from safetensors.torch import load_file, save_file
 from test_routing import build, out, recipe
+from typer.testing import CliRunner
 
 import plait
+from plait.cli import app
 from plait.errors import CheckpointError, MachineError, RecipeError
 from plait.evaluate.contenders import by_method
 from plait.evaluate.measure import evaluate
@@ -125,6 +127,8 @@ class TestLearning:
         for task, chosen in found.routing.chosen.items():
             assert sum(chosen) == found.tasks[task].samples
             assert found.routing.blind[task] <= found.tasks[task].score.value
+        shown = CliRunner().invoke(app, ["inspect", str(made.path / "state")]).output
+        assert "of watched inputs go to their expert" in shown
         static = plait.merge(by_method("task_arithmetic", mini.suite, {"weight": 0.3}), tmp_path / "static")
         plain = evaluate(static.path, mini.suite, options=Options(use_cache=False))
         assert found.average.value > plain.average.value
