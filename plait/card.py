@@ -18,6 +18,11 @@ _CITATIONS = {
     "arXiv:2408.07990": "Wan et al., FuseChat (SCE), 2024",
     "arXiv:2403.19522": "Jang et al., Model Stock, ECCV 2024",
     "arXiv:2405.07813": "Wang et al., Localizing task information (TALL masks, Consensus), ICML 2024",
+    "arXiv:2402.00433": "Tang et al., Merging Multi-Task Models via Weight-Ensembling Mixture of Experts, ICML 2024",
+    "arXiv:2410.21804": "Shen et al., Efficient and Effective Weight-Ensembling Mixture of Experts, 2024",
+    "arXiv:2406.15479": "Lu et al., Twin-Merging, NeurIPS 2024",
+    "arXiv:2405.17461": "Huang et al., EMR-Merging, NeurIPS 2024",
+    "arXiv:2408.10174": "Tang et al., SMILE, 2024",
     "arXiv:2409.15813": "Layer-wise model merging for unsupervised domain adaptation in segmentation, 2024",
 }
 
@@ -43,6 +48,11 @@ def model_card(plan: Plan, record: dict[str, Any]) -> str:
             + ", ".join(f"`{task}.safetensors`" for task in sorted(plan.heads))
             + ".",
         ]
+    if plan.method.dynamic is not None:
+        lines += [
+            "", "## Use", "", "The experts stay apart in this model and are mixed for every input; it needs Plait:", "",
+            "```python", "import plait", 'model = plait.from_pretrained("FOLDER")', "```",
+        ]  # fmt: skip
     lines += ["", "## Recipe", "", "```yaml", yaml.safe_dump(record["recipe"], sort_keys=False).rstrip(), "```", ""]
     citation = _CITATIONS.get(plan.method.paper)
     lines += ["## Citation", "", f"{plan.method.name}: {f'{citation}, ' if citation else ''}{plan.method.paper}.", ""]

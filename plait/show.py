@@ -150,8 +150,9 @@ def merged_text(merged: Merged) -> None:
     out = console()
     plan = merged.plan
     resumed = f" ({merged.resumed} of them by the interrupted run)" if merged.resumed else ""
+    size = sum((merged.path / name).stat().st_size for name in merged.hashes)
     out.print(
-        f"[bold]{escape(str(merged.path))}[/]: {len(plan.tensors)} tensors{resumed}, {show_bytes(plan.bytes_out)}, "
+        f"[bold]{escape(str(merged.path))}[/]: {len(plan.tensors)} tensors{resumed}, {show_bytes(size)}, "
         f"from {len(plan.models)} models by {plan.method.name}"
     )
     if plan.heads:
