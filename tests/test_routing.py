@@ -188,7 +188,10 @@ class TestMixing:
         owner = torch.tensor([0, 0, 1, 1, 1, 2, 2])
         weights = torch.rand(4, 3, generator=g)
         wanted = torch.stack(
-            [sum(weights[b, owner[r]] * torch.outer(x[b] @ down[r], up[r]) for r in range(7)) for b in range(4)]
+            [
+                sum(weights[b, owner[r]] * torch.outer(x[b] @ down[r], up[r]) for r in range(7)) + torch.zeros(6, 3)
+                for b in range(4)
+            ]
         )
         start = torch.ones(4, 6, 3)
         assert torch.allclose(mixing.low_rank(start, x, weights, down, up, owner), wanted + 1, atol=1e-5)
