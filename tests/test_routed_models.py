@@ -128,7 +128,7 @@ class TestLearning:
             assert sum(chosen) == found.tasks[task].samples
             assert found.routing.blind[task] <= found.tasks[task].score.value
         shown = CliRunner().invoke(app, ["inspect", str(made.path / "state")]).output
-        assert "of watched inputs go to their expert" in " ".join(shown.split())
+        assert "of watched inputs go to their own expert" in " ".join(shown.split())
         static = plait.merge(by_method("task_arithmetic", mini.suite, {"weight": 0.3}), tmp_path / "static")
         plain = evaluate(static.path, mini.suite, options=Options(use_cache=False))
         assert found.average.value > plain.average.value
