@@ -90,7 +90,10 @@ class TestLoading:
         model = plait.from_pretrained(twin)
         given = {"input_ids": IDS, "attention_mask": MASK, "use_cache": False}
         program = torch.export.export(model, (), given)
-        assert torch.allclose(program.module()(**given).logits, out(model, given), atol=1e-5)
+        wanted = out(model, given)
+        assert torch.allclose(program.module()(**given).logits, wanted, atol=1e-5)
+        # The graph alone is what can go wrong here; generating code for it would need a compiler on the machine.
+        assert torch.allclose(out(torch.compile(model, backend="eager"), given), wanted, atol=1e-5)
 
     def test_a_routed_model_is_no_expert(self, parts: tuple[Path, list[Path]], twin: Path, tmp_path: Path) -> None:
         asked = recipe(parts[0], [parts[1][0], twin], "task_arithmetic")

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 _MERGE, _BATCHED = 4.0, 1.1
 """Cost of one expert in an entry of a sample's own weights, and of a batched product, in entries of a plain product
-over one token (measured, bench/routing.py)."""
+over one token (measured on one core, docs/LOG.md)."""
 _SAMPLES, _BLOCK, _FEW = 8, 3 << 14, 64
 """Samples and entries of own weights that are made at once, so that they stay in a core's cache; up to so many tokens,
 and four times the entries beyond."""
