@@ -19,9 +19,14 @@ from plait.decide import TensorPlan
 from plait.dtypes import itemsize, to_torch
 from plait.errors import CheckpointError, MachineError
 from plait.experts import Input
+from plait.kernels.fused import Raw, Stored
+from plait.kernels.job import CODES
+from plait.kernels.native import Loops, loops
+from plait.kernels.worker import Worker
 from plait.methods.block import Block, Reader, as_float
 from plait.methods.contract import MergeMethod
 from plait.methods.stream import GRAIN, Grid, Piece
+from plait.sources.safetensors import SafetensorsSource
 from plait.writer import FolderWriter
 
 R = TypeVar("R")
@@ -54,6 +59,9 @@ class Engine:
             raise MachineError(f"--device {device}: torch knows no such device; use cpu, cuda or cuda:1") from None
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise MachineError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
+        self._loops: Loops | None = None
+        self._own = threading.local()
+        """What belongs to one thread: its worker for the compiled loops."""
         self._free = memory
         self._room = threading.Condition()
         self._stop = threading.Event()
@@ -62,6 +70,7 @@ class Engine:
         """Run the method's pass over the whole model, if it has one."""
         if method.survey is None or not tensors:
             return None
+        self._find_loops(tensors)
         return method.survey(_Surveyed(self, tensors, seed))
 
     def merge(
@@ -81,8 +90,26 @@ class Engine:
                 self._merge(method, tensor, self.block(tensor, seed, state, learned), name, writer)
             writer.finish(name)
 
+        self._find_loops(tensors)
         self.progress.stage("merge", sum(tensor.bytes_in for tensor in tensors))
         self.each(tensors, job)
+
+    def _find_loops(self, tensors: list[TensorPlan]) -> None:
+        if self.device.type == "cpu":
+            self._loops = loops(sum(tensor.bytes_in for tensor in tensors))
+
+    def _raw(self, tensor: TensorPlan) -> Raw | None:
+        """The stored bytes of a tensor for the compiled loops; None where one input is not as they read it."""
+        if self._loops is None or tensor.dtype not in CODES:
+            return None
+        models = [stored(item) for item in tensor.inputs]
+        base = None if tensor.base is None else stored(tensor.base)
+        whole = [item for item in models if item is not None]
+        if len(whole) < len(models) or (base is None and tensor.base is not None):
+            return None
+        if not hasattr(self._own, "worker"):
+            self._own.worker = Worker(self._loops)
+        return Raw(self._own.worker, whole, base, CODES[tensor.dtype])
 
     def each(self, tensors: list[TensorPlan], job: Callable[[TensorPlan], R]) -> list[R]:
         """job of every tensor, results in the order given; the first error stops all."""
@@ -132,6 +159,7 @@ class Engine:
             seed=seed,
             state=state,
             learned=learned,
+            raw=self._raw(tensor),
         )
 
     def _reader(self, item: Input, tensor: TensorPlan, base: Input | None) -> tuple[Reader, Reader | None]:
@@ -156,8 +184,16 @@ class Engine:
 
     def _merge(self, method: MergeMethod, tensor: TensorPlan, block: Block, name: str, writer: FolderWriter) -> None:
         merged = method.fn(block, **tensor.keywords)
-        dtype, width = to_torch(tensor.dtype), itemsize(tensor.dtype)
+        width = itemsize(tensor.dtype)
         share = tensor.bytes_in / max(tensor.grid.numel, 1)
+        if merged.fused is not None and merged.fused.combine is not None and block.raw is not None:
+            for piece in tensor.grid:
+                if self._stop.is_set():
+                    raise _StoppedError
+                writer.write(name, piece.start * width, block.raw.worker.merge(merged.fused, piece))
+                self.progress.advance(int(piece.numel * share))
+            return
+        dtype = to_torch(tensor.dtype)
         for piece in tensor.grid:
             values = merged(piece).to(dtype)
             if tensor.dtype == "F16" and not torch.isfinite(values).all():
@@ -212,6 +248,11 @@ class _Surveyed:
         self.params: Mapping[str, Mapping[str, Any]] = {tensor.key: tensor.keywords for tensor in self.tensors}
         self.passes = 0
 
+    @property
+    def numel(self) -> int:
+        """Entries of all tensors."""
+        return sum(tensor.spec.numel for tensor in self.tensors)
+
     def each(self, fn: Callable[[Block], R]) -> dict[str, R]:
         """fn of every block, on the engine's threads."""
         self.passes += 1
@@ -241,6 +282,13 @@ class _Surveyed:
 
         self.each(add)
         return held[0] if held else torch.zeros(())
+
+
+def stored(item: Input) -> Stored | None:
+    """An input as the compiled loops read it, or None where they cannot."""
+    if item.update is not None or item.dtype not in CODES or not isinstance(item.source, SafetensorsSource):
+        return None
+    return Stored(CODES[item.dtype], itemsize(item.dtype), item.source.filler(item.stored))
 
 
 def finite(values: torch.Tensor, item: Input, tensor: TensorPlan, piece: Piece) -> torch.Tensor:

@@ -141,7 +141,8 @@ def run(
     if plan.method.dynamic is not None:
         return _run_routed(plan, out, engine, learned, overwrite)
     shards = lay_out([tensor.spec for tensor in plan.tensors], shard_size, {"format": "pt"})
-    with FolderWriter(out, _resume_key(plan, shards, learned), shards, overwrite=overwrite) as writer:
+    key = _resume_key(plan, shards, learned)
+    with FolderWriter(out, key, shards, overwrite=overwrite, follow=threads > 1) as writer:
         resumed = len(writer.done)
         todo = [tensor for tensor in plan.tensors if tensor.name not in writer.done]
         explain = plan.method.explain

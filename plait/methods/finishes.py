@@ -6,6 +6,7 @@ from typing import Annotated
 
 import torch
 
+from plait.kernels.fused import described
 from plait.methods.block import Block
 from plait.methods.contract import Range
 from plait.methods.matrices import is_matrix, on_matrix, svd
@@ -14,7 +15,9 @@ from plait.methods.stream import Stream
 
 def scale(block: Block, delta: Stream, *, lambda_: float = 1.0) -> Stream:
     """λ·Δ."""
-    return delta if lambda_ == 1 else delta.map(lambda values: values * lambda_)
+    if lambda_ == 1:
+        return delta
+    return delta.map(lambda values: values * lambda_, fused=described(delta, scale=lambda_))
 
 
 def svc(block: Block, delta: Stream, *, alpha: Annotated[float, Range(0, open_low=True)] | None = None) -> Stream:
@@ -52,4 +55,4 @@ FINISHES = {"scale": scale, "svc": svc}
 
 def add_base(block: Block, delta: Stream) -> Stream:
     """θ0 + Δ: the last step of every method on task vectors."""
-    return delta.map(lambda values, base: base + values, block.base)
+    return delta.map(lambda values, base: base + values, block.base, fused=described(delta, on_base=True))
