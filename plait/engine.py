@@ -13,12 +13,11 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-import torch
-
 from plait.decide import TensorPlan
 from plait.dtypes import itemsize, to_torch
 from plait.errors import CheckpointError, MachineError
 from plait.experts import Input
+from plait.lazy import torch
 from plait.methods.block import Block, Reader, as_float
 from plait.methods.contract import MergeMethod
 from plait.methods.stream import GRAIN, Grid, Piece

@@ -14,12 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from plait.card import model_card
 from plait.engine import Engine, Progress
 from plait.errors import MachineError, RecipeError
 from plait.headfiles import head_files
+from plait.lazy import torch
 from plait.plan import Plan, make_plan
 from plait.recipe import Recipe, load_recipe
 from plait.sidefiles import side_files

@@ -6,8 +6,7 @@ a stream [n].
 
 from __future__ import annotations
 
-import torch
-
+from plait.lazy import torch
 from plait.methods.block import Block, per_model
 from plait.methods.contract import PerModel
 from plait.methods.stream import Stream

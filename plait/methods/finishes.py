@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
-
+from plait.lazy import torch
 from plait.methods.block import Block
 from plait.methods.contract import Range
 from plait.methods.matrices import is_matrix, on_matrix, svd

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-import torch
+from plait.lazy import torch
 
 T = TypeVar("T")
 Scope = Literal["element", "row", "tensor"]

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import torch
-
+from plait.lazy import torch
 from plait.methods.block import Block, per_model
 from plait.methods.contract import Fraction, PerModel, Range
 from plait.methods.select import count_of, largest
