@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -253,6 +255,8 @@ cli_measure.register(app)
 
 def main() -> None:
     """Run the command line. Exit code 2: your recipe or call; 3: your files; 1: the machine, or a bug of ours."""
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # it would read every installed package's metadata for them
+    gc.set_threshold(10_000)  # imports and plans make many objects and no garbage
     try:
         code = app(standalone_mode=False)
     except PlaitError as error:

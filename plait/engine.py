@@ -9,11 +9,9 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
-
-import torch
 
 from plait.decide import TensorPlan
 from plait.dtypes import itemsize, to_torch
@@ -23,10 +21,12 @@ from plait.kernels.fused import Raw, Stored
 from plait.kernels.job import CODES
 from plait.kernels.native import Loops, loops
 from plait.kernels.worker import Worker
+from plait.lazy import torch
 from plait.methods.block import Block, Reader, as_float
 from plait.methods.contract import MergeMethod
 from plait.methods.stream import GRAIN, Grid, Piece
 from plait.sources.safetensors import SafetensorsSource
+from plait.threads import workers
 from plait.writer import FolderWriter
 
 R = TypeVar("R")
@@ -53,12 +53,9 @@ class Engine:
 
     def __init__(self, *, threads: int, memory: int, device: str, progress: Progress) -> None:
         self.threads, self.memory, self.progress = threads, memory, progress
-        try:
-            self.device = torch.device(device)
-        except RuntimeError:
-            raise MachineError(f"--device {device}: torch knows no such device; use cpu, cuda or cuda:1") from None
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise MachineError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
+        self.device = device
+        if device != "cpu":
+            _check_device(device)
         self._loops: Loops | None = None
         self._own = threading.local()
         """What belongs to one thread: its worker for the compiled loops."""
@@ -95,7 +92,7 @@ class Engine:
         self.each(tensors, job)
 
     def _find_loops(self, tensors: list[TensorPlan]) -> None:
-        if self.device.type == "cpu":
+        if self.device == "cpu":
             self._loops = loops(sum(tensor.bytes_in for tensor in tensors))
 
     def _raw(self, tensor: TensorPlan) -> Raw | None:
@@ -129,8 +126,7 @@ class Engine:
                 self._stop.set()
                 raise
 
-        workers = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
-        with _one_thread_per_worker(), workers as pool:
+        with workers(self.threads) as pool:
             futures = [pool.submit(run, index) for index in order]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -205,6 +201,9 @@ class Engine:
 
     def _copy(self, tensor: TensorPlan, name: str, writer: FolderWriter) -> None:
         source, *others = tensor.inputs
+        if not others and source.dtype == tensor.dtype and isinstance(source.source, SafetensorsSource):
+            self._copy_bytes(tensor, source.source.filler(source.stored), name, writer)
+            return
         dtype, width = to_torch(tensor.dtype), itemsize(tensor.dtype)
         for piece in Grid(tensor.spec.numel, GRAIN * 2):
             if self._stop.is_set():
@@ -218,6 +217,19 @@ class Engine:
                     )
             writer.write(name, piece.start * width, _bytes(values.to(dtype)))
             self.progress.advance(piece.numel * itemsize(source.dtype) * (1 + len(others)))
+
+    def _copy_bytes(
+        self, tensor: TensorPlan, read: Callable[[int, memoryview], None], name: str, writer: FolderWriter
+    ) -> None:
+        width = itemsize(tensor.dtype)
+        buffer = memoryview(bytearray(min(GRAIN * 2, tensor.spec.numel) * width))
+        for piece in Grid(tensor.spec.numel, GRAIN * 2):
+            if self._stop.is_set():
+                raise _StoppedError
+            part = buffer[: piece.numel * width]
+            read(piece.start, part)
+            writer.write(name, piece.start * width, part)
+            self.progress.advance(len(part))
 
     @contextmanager
     def _holding(self, size: int) -> Iterator[None]:
@@ -313,12 +325,10 @@ def _bytes(values: torch.Tensor) -> memoryview:
     return values.cpu().contiguous().view(torch.uint8).numpy().data
 
 
-@contextmanager
-def _one_thread_per_worker() -> Iterator[None]:
-    """Our threads are the parallelism; torch's own would fight them, and change the order of sums."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _check_device(device: str) -> None:
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise MachineError(f"--device {device}: torch knows no such device; use cpu, cuda or cuda:1") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise MachineError(f"--device {device}: torch finds no CUDA device here; use --device cpu")

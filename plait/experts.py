@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from plait.errors import CheckpointError
 from plait.names import Alignment, align, is_tied, tie_candidates
 from plait.recipe import Recipe
-from plait.sources import open_source, split_adapter_spec
+from plait.sources import SafetensorsSource, open_source, split_adapter_spec
 from plait.sources.base import LowRank, LowRankSource, Source, TensorSpec
 
 if TYPE_CHECKING:
@@ -240,12 +240,17 @@ def _resolve_ties(model: Model, reference: Model) -> None:
 
 def same_bytes(first: Input | None, second: Input | None) -> bool:
     """Whether two whole stored tensors are equal, compared in pieces."""
-    import torch
-
     if first is None or second is None or first.shape != second.shape or first.dtype != second.dtype:
         return False
     numel = TensorSpec("", first.shape, first.dtype).numel
-    return all(
-        torch.equal(first.read(at, min(numel, at + _COMPARE)), second.read(at, min(numel, at + _COMPARE)))
-        for at in range(0, numel, _COMPARE)
-    )
+    spans = ((at, min(numel, at + _COMPARE)) for at in range(0, numel, _COMPARE))
+    return all(_stored_bytes(first, *span) == _stored_bytes(second, *span) for span in spans)
+
+
+def _stored_bytes(item: Input, start: int, stop: int) -> bytes:
+    """Elements [start, stop) as bytes. For a safetensors file torch is not loaded, so that checking is quick."""
+    if isinstance(item.source, SafetensorsSource):
+        return item.source.read_bytes(item.stored, start, stop)
+    from plait.lazy import torch
+
+    return item.read(start, stop).view(torch.uint8).numpy().tobytes()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 
-import torch
-
 from plait.decide import TensorPlan
 from plait.engine import finite
 from plait.experts import Input
+from plait.lazy import torch
 from plait.plan import Plan
 from plait.sources.base import TensorSpec
 from plait.state import State

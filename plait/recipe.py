@@ -34,7 +34,7 @@ IGNORED_PARAMETERS = {"int8_mask": "masks are never stored here"}
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True)
 
 
 class ModelEntry(_Strict):
@@ -83,7 +83,7 @@ class Recipe(_Strict):
     out_dtype: str | None = None
     tokenizer_source: str | None = None
     seed: int = Field(default=0, ge=0, lt=1 << 63)
-    keep: Keep = Keep()
+    keep: Keep = Field(default_factory=Keep)
     fit: Settings = Field(default_factory=dict)
     """How a method that learns is fitted; its keys are the method's."""
     route: Settings = Field(default_factory=dict)

@@ -14,16 +14,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from plait.card import model_card
 from plait.engine import Engine, Progress
 from plait.errors import MachineError, RecipeError
 from plait.headfiles import head_files
+from plait.lazy import torch
 from plait.plan import Plan, make_plan
 from plait.recipe import Recipe, load_recipe
 from plait.sidefiles import side_files
 from plait.state import FACTS, NUMBERS, State, check_fits, load_state
+from plait.threads import usable_threads
 from plait.units import parse_bytes, show_bytes
 from plait.writer import FolderWriter, ShardFile, index_of, lay_out
 
@@ -239,11 +239,6 @@ def refuse_impossible(plan: Plan, out: Path, memory: int) -> None:
         )
 
 
-def usable_threads() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def keep_freed_memory() -> None:
     """Tell the C library not to hand every freed buffer back: pieces are allocated and freed without end.
 
@@ -263,7 +258,7 @@ def provenance(
     return {
         "format": FORMAT,
         "plait": version("plait"),
-        "torch": torch.__version__,
+        "torch": version("torch"),
         "python": platform.python_version(),
         "method": plan.method.name,
         "paper": plan.method.paper,

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,8 +14,10 @@ from rich.table import Table
 
 from plait.methods.contract import MergeMethod, Parameter
 from plait.plan import Plan
-from plait.run import Merged
 from plait.units import show_bytes, show_seconds
+
+if TYPE_CHECKING:
+    from plait.run import Merged
 
 _INTERPRETER_BYTES = 180 * 10**6
 """Anonymous memory of Python with torch loaded, measured (docs/LOG.md)."""

@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from plait.errors import CheckpointError, RecipeError
+from plait.lazy import torch
 from plait.methods.block import Block
 from plait.methods.granules import granule_of
 from plait.methods.stream import Stream

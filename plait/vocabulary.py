@@ -14,10 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from plait.errors import CheckpointError, RecipeError, nearest
 from plait.experts import Model
+from plait.lazy import np
 from plait.recipe import Recipe
 from plait.sources import files
 from plait.sources.base import Source

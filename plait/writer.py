@@ -22,11 +22,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-import torch
-
 from plait.dtypes import from_torch, itemsize
 from plait.errors import MachineError, RecipeError
 from plait.follow import Follower
+from plait.lazy import torch
 from plait.sources.base import TensorSpec
 
 JOURNAL = ".journal"

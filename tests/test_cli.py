@@ -505,6 +505,36 @@ assert not heavy, heavy
     assert "Usage" in run.stdout + run.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["check", "recipe.yaml"],
+        ["check", "wrong.yaml"],
+        ["plan", "recipe.yaml"],
+        ["methods"],
+        ["methods", "wudi"],
+        ["init", "della"],
+    ],
+)
+def test_what_reads_headers_and_schemas_alone_loads_no_torch(words: list[str], recipe: Path) -> None:
+    """They start in a third of a second (docs/LOG.md): importing torch alone takes a whole one."""
+    (recipe.parent / "wrong.yaml").write_text(recipe.read_text().replace("density", "densty"))
+    code = f"""
+import sys
+sys.argv = ["plait", *{words!r}]
+from plait.cli import main
+try:
+    main()
+except SystemExit as stop:
+    assert stop.code == 2 and "wrong.yaml" in sys.argv, stop
+{HEAVY}
+assert not heavy, heavy
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=recipe.parent, text=True, capture_output=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout or "did you mean 'density'" in run.stderr
+
+
 def test_help_names_every_verb(call: Call) -> None:
     result = call("--help")
     assert result.code == 0

@@ -28,7 +28,7 @@ METHODS = ["Block", "MergeMethod", "PerModel", "Range", "adamerging", "adamergin
 
 # From left to right: a module imports from what stands before it only.
 ORDER = [
-    "errors", "units", "digests", "dtypes", "yamlfile", "recipe",
+    "lazy", "errors", "units", "digests", "dtypes", "yamlfile", "recipe",
     "methods.stream", "methods.block", "methods.contract", "methods.memory",
     "methods.select", "methods.transforms", "methods.survey", "methods.combines", "methods.matrices",
     "methods.finishes",

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from plait.kernels.fused import Fused
 from plait.kernels.job import TOP
+from plait.lazy import np
 from plait.methods.stream import Piece
 
 SMALL = 1 << 16

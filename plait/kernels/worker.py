@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from plait.errors import CheckpointError
 from plait.kernels import job as J
 from plait.kernels.fused import Fused, Stored
 from plait.kernels.native import Loops
+from plait.lazy import np
 from plait.methods.draws import key_of
 from plait.methods.stream import Piece
 

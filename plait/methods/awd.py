@@ -15,10 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import torch
-
 from plait.errors import RecipeError
+from plait.lazy import np, torch
 from plait.methods import combines, finishes
 from plait.methods.awd_adam import Adam, descend_by_adam
 from plait.methods.awd_descent import NEARLY_ORTHOGONAL, Found, Settings, descend, found, products, unit_of

@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-import torch
-
+from plait.lazy import np, torch
 from plait.methods.awd_descent import GONE, Found, Settings, found, products, slope, start_of
 from plait.methods.block import Block
 from plait.methods.combines import column

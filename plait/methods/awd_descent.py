@@ -11,8 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
+from plait.lazy import np
 from plait.methods.granules import Granularity
 
 GONE = 1e-12

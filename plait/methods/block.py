@@ -7,15 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-
 from plait.kernels.fused import Fused, Raw
 from plait.kernels.job import DELTAS, MODELS
+from plait.lazy import np, torch
 from plait.methods import draws
 from plait.methods.stream import Grid, Piece, Scope, Stream
 
-Reader = Callable[[Piece], torch.Tensor]
+Reader = Callable[[Piece], "torch.Tensor"]
 """Gives a piece of one tensor as flat float32 (float64 where the checkpoint is float64)."""
 
 

@@ -6,10 +6,9 @@ a stream [n].
 
 from __future__ import annotations
 
-import torch
-
 from plait.kernels import job as J
 from plait.kernels.fused import described
+from plait.lazy import torch
 from plait.methods.block import Block, per_model
 from plait.methods.contract import PerModel
 from plait.methods.stream import Stream

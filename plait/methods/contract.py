@@ -13,13 +13,13 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar, Union
 
-import torch
-
 from plait.errors import RecipeError, nearest
+from plait.lazy import torch
 from plait.methods.block import Block
 from plait.methods.stream import Scope, Stream
 
@@ -113,6 +113,26 @@ def _number(value: Any) -> float | None:
         except ValueError:
             return None
     return None
+
+
+class _Schema(Mapping[str, Parameter]):
+    """`parameters_of` a function, read when first asked: most runs need one method of some fifty."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self._fn = fn
+
+    @cached_property
+    def _known(self) -> dict[str, Parameter]:
+        return parameters_of(self._fn)
+
+    def __getitem__(self, name: str) -> Parameter:
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
 
 
 def parameters_of(fn: Callable[..., Any]) -> dict[str, Parameter]:
@@ -308,7 +328,7 @@ def merge_method(
     def decorate(fn: Callable[..., Stream]) -> MergeMethod:
         summary = (inspect.getdoc(fn) or "").split("\n\n")[0].replace("\n", " ")
         method = MergeMethod(
-            name, fn, paper, summary, base, scope, parameters_of(fn), experts, survey, row_scope_if, whole_if, cost,
+            name, fn, paper, summary, base, scope, _Schema(fn), experts, survey, row_scope_if, whole_if, cost,
             learned, explain,
         )  # fmt: skip
         return add_method(method) if register else method

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import hashlib
 
-import numpy as np
-
-_FIRST, _SECOND = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
-_HIGH = np.uint32(0x9E3779B9)
+from plait.lazy import np
 
 
 def key_of(seed: int, tensor: str, purpose: str) -> tuple[int, int, int]:
@@ -26,11 +23,11 @@ def uniform(key: tuple[int, int, int], start: int, stop: int) -> np.ndarray:
     position = np.arange(start, stop, dtype=np.uint64)
     first, second, third = (np.uint32(word) for word in key)
     x = _mix(position.astype(np.uint32) ^ first)
-    x = _mix(x ^ (second ^ (position >> np.uint64(32)).astype(np.uint32) * _HIGH)) + third
+    x = _mix(x ^ (second ^ (position >> np.uint64(32)).astype(np.uint32) * np.uint32(0x9E3779B9))) + third
     return (x >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint32(16))) * _FIRST
-    x = (x ^ (x >> np.uint32(15))) * _SECOND
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
     return x ^ (x >> np.uint32(16))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
-
 from plait.kernels.fused import described
+from plait.lazy import torch
 from plait.methods.block import Block
 from plait.methods.contract import Range
 from plait.methods.matrices import is_matrix, on_matrix, svd

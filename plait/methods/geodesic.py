@@ -10,9 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import numpy as np
-import torch
-
+from plait.lazy import np, torch
 from plait.methods.block import Block, per_model
 from plait.methods.combines import column
 from plait.methods.contract import PerModel, Range, merge_method

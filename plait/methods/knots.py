@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import torch
-
+from plait.lazy import torch
 from plait.methods import combines, finishes, transforms
 from plait.methods.block import Block
 from plait.methods.contract import PerModel, Range, merge_method

@@ -17,8 +17,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
-
+from plait.lazy import torch
 from plait.methods import combines, finishes, transforms
 from plait.methods.awd import diagnostics, subtract, survey_awd
 from plait.methods.block import Block

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
+from plait.lazy import torch
 from plait.methods.block import Block
 from plait.methods.combines import column
 from plait.methods.stream import Stream
@@ -17,8 +16,8 @@ from plait.methods.transforms import fold
 
 _LOOKUP = ("shared", "lm_head", "wte", "wpe", "relative_attention_bias", "relative_position_bias_table")
 """Names of tables, beside all that contain `embed`: their rows are looked up (or are words), not multiplied by."""
-_NOISE = {torch.float32: 1e-5, torch.float64: 1e-10}
-"""Share of the largest singular value below which one is noise of numbers of that type."""
+_NOISE = {4: 1e-5, 8: 1e-10}
+"""Bytes of a number → share of the largest singular value below which one is noise."""
 _REPEATED = 1e-10
 """Share of the largest eigenvalue of a Gram matrix below which directions count as one."""
 
@@ -72,7 +71,7 @@ def svd(matrix: torch.Tensor, beside: float = 0.0) -> tuple[torch.Tensor, torch.
         u = wide @ v
         s = u.norm(dim=0)
         u /= s.clamp(min=torch.finfo(s.dtype).tiny)
-    rank = int(torch.count_nonzero(s > _NOISE[matrix.dtype] * s.max().clamp(min=beside)))
+    rank = int(torch.count_nonzero(s > _NOISE[matrix.element_size()] * s.max().clamp(min=beside)))
     return u[:, :rank], s[:rank], v[:, :rank]
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from plait.errors import RecipeError
+from plait.lazy import torch
 from plait.methods.block import Block
 from plait.methods.contract import MergeMethod
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-import torch
-
 from plait.errors import RecipeError, nearest
+from plait.lazy import torch
 from plait.methods.block import Block, per_model
 from plait.methods.contract import Fraction, PerModel, Range, merge_method
 from plait.methods.stream import Stream

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from plait.kernels import selection
+from plait.lazy import torch
 from plait.methods.stream import Piece, Stream
 
 _LOW_BITS = 15

@@ -6,15 +6,14 @@ in: scale by lambda, add the base. Directions that no expert has moved stay unmo
 
 from __future__ import annotations
 
-import torch
-
+from plait.lazy import torch
 from plait.methods import finishes
 from plait.methods.block import Block, per_model
 from plait.methods.contract import Fraction, PerModel, merge_method
 from plait.methods.matrices import is_matrix, mean, on_matrix, orthogonal, svd
 from plait.methods.stream import Stream
 
-Triplets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Triplets = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]
 """u [m, r], s [r], v [n, r]."""
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-import torch
+from plait.lazy import torch
 
 if TYPE_CHECKING:
     from plait.kernels.fused import Fused

@@ -5,9 +5,8 @@ torch and compiled loops add up in orders of their own; a norm that decides abou
 
 from __future__ import annotations
 
-import torch
-
 from plait.kernels.job import CHUNK, SQUARE
+from plait.lazy import torch
 from plait.methods.block import Block
 from plait.methods.stream import Stream
 

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import torch
-
 from plait.errors import RecipeError
 from plait.kernels import job as J
 from plait.kernels import selection
 from plait.kernels.fused import described
+from plait.lazy import torch
 from plait.methods.block import Block, per_model
 from plait.methods.select import Cut, Histograms, count_of, equal_counts, trivial
 from plait.methods.transforms import fold

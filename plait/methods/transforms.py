@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-import torch
-
 from plait.kernels import job as J
 from plait.kernels.fused import Fused, described
+from plait.lazy import torch
 from plait.methods.block import Block, per_model
 from plait.methods.contract import Fraction, PerModel, Range
 from plait.methods.select import count_nonzero, count_of, largest

@@ -9,8 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
-import torch
-
+from plait.lazy import torch
 from plait.methods import finishes
 from plait.methods.block import Block
 from plait.methods.contract import Range, merge_method

@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from plait.dtypes import FLOATS, to_torch, widest
 from plait.errors import CheckpointError
+from plait.lazy import np
 from plait.sources import files
 from plait.sources.base import Source, TensorSpec
 

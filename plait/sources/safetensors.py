@@ -69,12 +69,7 @@ class SafetensorsSource:
         """Elements [start, stop) of a tensor, flat, in storage type."""
         import torch
 
-        if name not in self.specs:
-            raise files.no_such_tensor(name, self.label, self.specs)
-        if not self._finalizer.alive:
-            raise CheckpointError(f"{self.label}: was closed before '{name}' was read.")
-        spec, shard = self.specs[name], self._places[name]
-        files.check_span(spec, start, stop)
+        spec, shard = self._place(name, start, stop)
         values = torch.empty(stop - start, dtype=to_torch(spec.dtype))
         if stop > start:
             buffer = values.view(torch.uint8).numpy().data
@@ -92,6 +87,20 @@ class SafetensorsSource:
             files.fill(shard.descriptor, buffer, begin + start * width, shard.path)
 
         return fill
+
+    def read_bytes(self, name: str, start: int, stop: int) -> bytes:
+        """The same elements as they are stored, without torch."""
+        spec, shard = self._place(name, start, stop)
+        width, begin = itemsize(spec.dtype), shard.offsets[name]
+        return files.read_bytes(shard.descriptor, begin + start * width, (stop - start) * width, shard.path)
+
+    def _place(self, name: str, start: int, stop: int) -> tuple[TensorSpec, Shard]:
+        if name not in self.specs:
+            raise files.no_such_tensor(name, self.label, self.specs)
+        if not self._finalizer.alive:
+            raise CheckpointError(f"{self.label}: was closed before '{name}' was read.")
+        files.check_span(self.specs[name], start, stop)
+        return self.specs[name], self._places[name]
 
     @property
     def metadata(self) -> Mapping[str, str]:
