@@ -3,7 +3,8 @@
     python bench/against_mergekit.py                      every case, Plait against mergekit
     python bench/against_mergekit.py --only ties slerp    cases whose name contains one of the words
     python bench/against_mergekit.py --against reference  tests/reference.py against mergekit (Plait is not run)
-    python bench/against_mergekit.py --speed 0.5B         time and memory on a large random Llama
+
+Time and memory: `bench/speed.py`.
 
 mergekit runs in its own environment: name its interpreter with ``--mergekit-python``, or the script makes a venv in
 ``--cache`` and installs mergekit there. Both tools run as they are documented (``mergekit-yaml``,
@@ -27,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from large import speed
 from mergekit_cases import Case, build, cases, with_paths
 from processes import difference, layout, mergekit_python, run_mergekit, run_plait, short
 
@@ -138,14 +138,11 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", help="run the cases whose name contains one of these words")
     parser.add_argument("--against", choices=("plait", "reference"), default="plait")
     parser.add_argument("--list", action="store_true", help="print the cases' names and stop")
-    parser.add_argument("--speed", metavar="PARAMS", help="measure time and memory at this size instead (0.5B)")
-    parser.add_argument("--repeat", type=int, default=2, help="runs of each measurement; the fastest counts")
-    parser.add_argument("--tools", nargs="+", choices=("mergekit", "plait"), default=["mergekit", "plait"])
     arguments = parser.parse_args()
     if arguments.list:
         print("\n".join(c.name for c in cases()))
         return 0
-    return speed(arguments) if arguments.speed else compare(arguments)
+    return compare(arguments)
 
 
 if __name__ == "__main__":

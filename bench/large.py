@@ -1,24 +1,16 @@
-"""Time and memory of both tools on a large Llama of random weights."""
+"""A large Llama of random weights, and experts of it, for benchmarks."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
-import shutil
 import struct
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from mergekit_cases import listed, with_paths
-from processes import Run, difference, layout, mergekit_python, run_mergekit, run_plait, short
-from safetensors import safe_open
 
 
 def parse_count(text: str) -> int:
@@ -130,80 +122,3 @@ def warm(models: dict[str, Path]) -> None:
             with open(file, "rb") as handle:
                 while handle.read(1 << 24):
                     pass
-
-
-def large_difference(ours: Path, theirs: Path) -> float:
-    """Largest max|a-b| / max|b|, one tensor at a time."""
-    where = (
-        json.loads((theirs / "model.safetensors.index.json").read_text())["weight_map"]
-        if (theirs / "model.safetensors.index.json").exists()
-        else dict.fromkeys(layout(theirs), "model.safetensors")
-    )
-    index = ours / "model.safetensors.index.json"
-    mine = json.loads(index.read_text())["weight_map"] if index.exists() else dict.fromkeys(where, "model.safetensors")
-    worst = 0.0
-    for name, file_name in where.items():
-        with safe_open(ours / mine[name], "pt") as a, safe_open(theirs / file_name, "pt") as b:
-            worst = max(worst, difference({name: a.get_tensor(name)}, {name: b.get_tensor(name)})[0])
-    return worst
-
-
-def speed(arguments: argparse.Namespace) -> int:
-    """Time and memory of both tools for linear and ties, best wall time of ``--repeat`` runs."""
-    work = Path(arguments.work or tempfile.mkdtemp(prefix="against-mergekit-"))
-    work.mkdir(parents=True, exist_ok=True)
-    parameters = parse_count(arguments.speed)
-    models = build_large(work, parameters)
-    python = mergekit_python(arguments)
-    experts = sorted(set(models) - {"base"})
-    recipes = {
-        "linear": {"merge_method": "linear", "models": listed(experts, weight=1), "dtype": "bfloat16"},
-        "ties": {
-            "merge_method": "ties",
-            "base_model": "base",
-            "models": listed(experts, weight=1, density=0.2),
-            "dtype": "bfloat16",
-        },
-    }
-    total = sum(math.prod(s) for s in llama_shapes(parameters)[1].values())
-    print(f"{total / 1e6:.0f} M parameters, bfloat16, {len(experts)} experts, {os.cpu_count()} CPUs; MB = 10^6 bytes\n")
-    print("| method | tool | wall s | CPU s | peak anonymous MB | VmHWM MB |")
-    print("|---|---|---|---|---|---|")
-    status = 0
-    for method, recipe in recipes.items():
-        path = work / f"{method}.yaml"
-        path.write_text(yaml.safe_dump(with_paths(recipe, models), sort_keys=False))
-        best: dict[str, Run] = {}
-        outputs: dict[str, Path] = {}
-        for tool in arguments.tools:
-            for _ in range(arguments.repeat):
-                out = outputs[tool] = work / f"out-{method}-{tool}"
-                shutil.rmtree(out, ignore_errors=True)
-                warm(models)
-                if tool == "mergekit":
-                    result = run_mergekit(python, path, out, sample=True)
-                else:
-                    result = run_plait(path, out, arguments.plait_option, sample=True)
-                if not result.ok:
-                    print(f"| {method} | {tool} | failed: {short(result.output)} | | | |", flush=True)
-                    status = 1
-                    break
-                if tool not in best or result.seconds < best[tool].seconds:
-                    best[tool] = result
-            if tool in best:
-                r = best[tool]
-                memory = f"{r.anonymous / 1e6:.0f} | {r.resident / 1e6:.0f}"
-                print(f"| {method} | {tool} | {r.seconds:.1f} | {r.cpu:.1f} | {memory} |", flush=True)
-        if len(best) == 2:
-            a, b = best["mergekit"], best["plait"]
-            print(
-                f"| {method} | mergekit / plait | {a.seconds / b.seconds:.2f} | {a.cpu / b.cpu:.2f} "
-                f"| {a.anonymous / max(b.anonymous, 1):.2f} | {a.resident / max(b.resident, 1):.2f} |"
-            )
-            gap = large_difference(outputs["plait"], outputs["mergekit"])
-            print(f"| {method} | max rel. difference | {gap:.1e} | | | |", flush=True)
-        for out in outputs.values():
-            shutil.rmtree(out, ignore_errors=True)
-    if arguments.work is None:
-        shutil.rmtree(work)
-    return status
