@@ -8,7 +8,7 @@ same bytes; loops are free of branches where they can be, so that the compiler v
 Integers are cast back after every operation: numba widens them to 64 bits otherwise, which halves the vectors' width.
 """
 
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 import numpy as np

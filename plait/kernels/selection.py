@@ -50,8 +50,8 @@ def largest(fused: Fused, counts: Sequence[Sequence[int]], make: Any, trivial: A
         for sure in _TRIES:
             bounds = [
                 (TOP, TOP) if not 0 < count < numel  # nothing to look for
-                else (0, TOP - 1) if sizes is None else between(row, count / numel, sure)
-                for count, row in zip(wanted, sizes if sizes is not None else [None] * rows, strict=True)
+                else (0, TOP - 1) if sizes is None else between(sizes[k], count / numel, sure)
+                for k, count in enumerate(wanted)
             ]  # fmt: skip
             tallies = tally(fused, bounds, [_room(numel, rows, sizes is None, sure)] * rows)
             if tallies is None:
@@ -104,6 +104,13 @@ def tally(fused: Fused, bounds: Sequence[tuple[int, int]], rooms: Sequence[int])
             row.append(count)
     stored = [row[: 0 if low == high else f].copy() for row, f, (low, high) in zip(kept, found, bounds, strict=True)]
     return [Tally(*each) for each in zip(above, [low for low, _ in bounds], stored, ends, strict=True)]
+
+
+def count_nonzero(fused: Fused) -> int:
+    """Entries of a single row whose magnitude is not zero."""
+    assert fused.block.raw is not None
+    nothing = [np.empty(0, dtype=np.uint32)]
+    return sum(fused.block.raw.worker.tally(fused, piece, [(1, 0)], nothing, [0])[0] for piece in fused.block.grid)
 
 
 def settle(found: Tally, count: int, numel: int, make: Any, trivial: Any) -> Any:

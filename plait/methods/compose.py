@@ -268,6 +268,10 @@ class _View:
     model: Model
     params: Mapping[str, Mapping[str, Any]]
 
+    @property
+    def numel(self) -> int:
+        return self.model.numel
+
     def each(self, fn: Callable[[Block], Any]) -> dict[str, Any]:
         return self.model.each(fn)
 

@@ -166,7 +166,7 @@ def largest(values: Stream, counts: Sequence[Sequence[int]], numel: int) -> list
         found = selection.largest(values.fused, counts, Cut, trivial)
         if found is not None:
             return found
-    magnitudes = values.map(abs)
+    magnitudes = values.map(lambda part: part.abs())
     search = Histograms(counts, numel)
     search.choose(magnitudes.total(Histograms.high))
     cuts = search.cuts(magnitudes.total(search.low))
@@ -183,8 +183,7 @@ def trivial(count: int) -> Cut:
 def count_nonzero(values: Stream) -> int:
     """Entries of a stream [1, n] that are not zero."""
     if values.fused is not None and values.fused.plain:
-        (tally,) = selection.tally(values.fused, [(1, 0)], [0]) or ()
-        return tally.above
+        return selection.count_nonzero(values.fused)
     return sum(values.sweep(lambda part, _: int(torch.count_nonzero(part))))
 
 
