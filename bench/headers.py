@@ -1,9 +1,9 @@
-"""Checkpoints that are headers alone: sparse files with the names and shapes of large Llamas, for `plait check` and `plan`.
+"""Checkpoints that are headers alone: sparse files with the names and shapes of large Llamas, for `plait plan`.
 
     python bench/headers.py /tmp/llama70 --size 70B --experts 8
     time plait plan /tmp/llama70/recipe.yaml
 
-The data reads as zeros and takes no space, but for the first bytes of both embeddings, so that they differ as real ones do.
+The data reads as zeros and takes no space, but for the first bytes of both embeddings: they differ, as real ones do.
 """
 
 from __future__ import annotations

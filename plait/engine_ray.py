@@ -55,7 +55,7 @@ class _Work:
 
 
 class RayEngine(Engine):
-    """Surveys and merges on a cluster; fits on the machine that it is made on, with its threads."""
+    """Merges on a cluster; what else there is to do (fits, most surveys) on the threads of the machine that made it."""
 
     def __init__(
         self, plan: Plan, address: str | None, *, threads: int, memory: int, device: str, progress: Progress
@@ -95,7 +95,7 @@ class RayEngine(Engine):
             self._started = False
 
     def survey(self, method: MergeMethod, tensors: list[TensorPlan], seed: int) -> Any:
-        """As the local engine's, with the passes over the model on the cluster."""
+        """As the local engine's, with sums over the model made on the cluster."""
         if method.survey is None or not tensors:
             return None
         return method.survey(_FarSurvey(self, tensors, seed))
@@ -162,28 +162,21 @@ class RayEngine(Engine):
 
 
 class _FarSurvey(Surveyed):
-    """What a survey is given, with its passes on the cluster: what comes back is what `fn` returns, or its sum."""
+    """What a survey is given: sums are made on the cluster, `each`, whose fn may remember things, in this process."""
 
-    engine: RayEngine
-
-    def each(self, fn: Callable[[Block], R]) -> dict[str, R]:
-        """fn of every block, by key."""
-        found: dict[str, R] = {}
-        for part, _ in self._pass(_survey_group, fn):
-            found.update(part)
-        return {tensor.key: found[tensor.key] for tensor in self.tensors}
+    def __init__(self, engine: RayEngine, tensors: list[TensorPlan], seed: int) -> None:
+        super().__init__(engine, tensors, seed)
+        self._cluster = engine
 
     def total(self, fn: Callable[[Block], torch.Tensor]) -> torch.Tensor:
         """Sum of fn over the blocks that have entries."""
         from plait.lazy import torch
 
-        parts = [part for part, _ in self._pass(_sum_group, fn) if part is not None]
-        return functools.reduce(torch.add, parts) if parts else torch.zeros(())
-
-    def _pass(self, task: Callable[..., Any], fn: Callable[[Block], Any]) -> Iterator[tuple[Any, list[TensorPlan]]]:
         self.passes += 1
         self.engine.progress.stage(f"survey {self.passes}", sum(tensor.bytes_in for tensor in self.tensors))
-        return self.engine.tasks(task, self.tensors, fn, self.seed)
+        tasks = self._cluster.tasks(_sum_group, self.tensors, fn, self.seed)
+        parts = [part for part, _ in tasks if part is not None]
+        return functools.reduce(torch.add, parts) if parts else torch.zeros(())
 
 
 def plan_key(plan: Plan) -> str:
@@ -291,11 +284,6 @@ def _merge_group(work: _Work, names: list[str], sent: bytes, target: _Target, ho
             writer.sync()
     if learned is not None:
         learned.close()
-
-
-def _survey_group(work: _Work, names: list[str], fn: Callable[[Block], R], seed: int) -> dict[str, R]:
-    _, engine, tensors = _planned(work, names)
-    return {tensor.key: fn(engine.block(tensor, seed)) for tensor in tensors}
 
 
 def _sum_group(work: _Work, names: list[str], fn: Callable[[Block], torch.Tensor], seed: int) -> torch.Tensor | None:

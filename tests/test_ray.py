@@ -11,34 +11,44 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mini_suite
 import pico
 import pytest
 import torch
+from mini_suite import MiniSuite
 from safetensors.torch import load_file, save_file
 
 import plait
 from plait.errors import CheckpointError, MachineError, RecipeError
+from plait.evaluate.contenders import by_method
 
 try:
     import ray  # pyright: ignore[reportMissingImports]
 except ImportError:
     ray: Any = None
 
+mini = mini_suite.mini
 needs_ray = pytest.mark.skipif(ray is None, reason="Ray is not installed: `make ray` installs it and runs these tests")
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """Two workers on this machine."""
+    """Two nodes with a worker each, both on this machine; what runs on the second counts as another machine's."""
+    from ray.cluster_utils import Cluster  # pyright: ignore[reportMissingImports]
+
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     here = str(Path(__file__).parent)
     paths = os.pathsep.join([str(Path(plait.__file__).parent.parent), here, os.environ.get("PYTHONPATH", "")])
+    node = {"num_cpus": 1, "object_store_memory": 1 << 27, "include_dashboard": False}
+    both = Cluster(initialize_head=True, head_node_args=node)
+    both.add_node(num_cpus=1, object_store_memory=1 << 27)
     ray.init(
-        num_cpus=2, include_dashboard=False, object_store_memory=1 << 27, log_to_driver=False,
+        address=both.address, log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
     )  # fmt: skip
     yield
     ray.shutdown()
+    both.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +71,7 @@ def recipe(models: Path, method: str, **settings: Any) -> dict[str, Any]:
 MERGES = {
     "linear": {},
     "ties": {"parameters": {"density": 0.3, "trim": "model"}},  # three passes over the model first
-    "awd": {"parameters": {"steps": 20}},
+    "awd": {"parameters": {"steps": 3, "optimizer": "adam"}},  # a survey that remembers
     "dare_ties": {"parameters": {"density": 0.5}, "seed": 3},
     "tsv_m": {"out_dtype": "bfloat16"},
 }
@@ -78,6 +88,16 @@ def test_the_same_bytes_as_on_one_machine(
     far = plait.merge(made, tmp_path / "far", engine="ray")
     assert far.hashes == local.hashes
     assert (far.path / "plait.json").read_bytes() == (local.path / "plait.json").read_bytes()
+
+
+@needs_ray
+def test_a_learned_state_is_applied_by_every_worker(cluster: None, mini: MiniSuite, tmp_path: Path) -> None:
+    made = by_method("concrete_adamerging", mini.suite, {"steps": 4, "batch": 4}).model_dump(exclude_defaults=True)
+    made["data"] = str(mini.root / "suite.yaml")
+    plait.fit(made, tmp_path / "state")
+    local = plait.merge(made, tmp_path / "local", state=tmp_path / "state")
+    far = plait.merge(made, tmp_path / "far", state=tmp_path / "state", engine="ray")
+    assert far.hashes == local.hashes
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +191,15 @@ def test_what_a_cluster_cannot_do_is_refused(models: Path, tmp_path: Path) -> No
     ]:
         with pytest.raises(RecipeError, match=message):
             plait.merge(made, tmp_path / "out", engine="ray", device=device)
+
+
+@needs_ray
+def test_a_survey_too_large_to_send_is_refused(
+    cluster: None, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plait.engine_ray._STATE_LIMIT", 10_000)
+    with pytest.raises(RecipeError, match=r"awd keeps \d+ KB of its survey in memory"):
+        plait.merge(recipe(models, "awd", **MERGES["awd"]), tmp_path / "out", engine="ray")
 
 
 def test_without_ray_a_sentence_says_what_to_install(

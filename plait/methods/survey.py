@@ -27,7 +27,8 @@ class Model(Protocol):
         ...
 
     def total(self, fn: Callable[[Block], torch.Tensor]) -> torch.Tensor:
-        """Sum of fn over all blocks, kept in one tensor. fn gives whole numbers, so that the order is free."""
+        """Sum of fn over all blocks, kept in one tensor. fn gives whole numbers, so that the order is free, and leaves
+        nothing behind, so that it may run in other processes (that of `each` runs in this one)."""
         ...
 
     @property
