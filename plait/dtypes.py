@@ -52,6 +52,11 @@ def to_torch(dtype: str) -> torch.dtype:
     return getattr(torch, _TORCH_NAMES[dtype])
 
 
+def torch_name(dtype: str) -> str:
+    """What torch and transformers call a type, without the module: `bfloat16`."""
+    return _TORCH_NAMES[dtype]
+
+
 def from_torch(dtype: torch.dtype) -> str:
     """The safetensors name of a torch type; a type safetensors lacks comes back as torch's own name."""
     name = str(dtype).removeprefix("torch.")

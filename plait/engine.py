@@ -10,7 +10,7 @@ import ctypes
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -18,10 +18,16 @@ from plait.decide import TensorPlan
 from plait.dtypes import itemsize, to_torch
 from plait.errors import CheckpointError, MachineError
 from plait.experts import Input
+from plait.kernels.fused import Raw, Stored
+from plait.kernels.job import CODES
+from plait.kernels.native import Loops, loops
+from plait.kernels.worker import Worker
 from plait.lazy import torch
 from plait.methods.block import Block, Reader, as_float
 from plait.methods.contract import MergeMethod
 from plait.methods.stream import GRAIN, Grid, Piece
+from plait.sources.safetensors import SafetensorsSource
+from plait.threads import workers
 from plait.writer import FolderWriter
 
 R = TypeVar("R")
@@ -46,14 +52,17 @@ class Progress(Protocol):
 class Engine:
     """Threads, a memory budget, and a device."""
 
+    here = True
+    """Whether this machine writes everything: then what is written can be read back at once."""
+
     def __init__(self, *, threads: int, memory: int, device: str, progress: Progress) -> None:
         self.threads, self.memory, self.progress = threads, memory, progress
-        try:
-            self.device = torch.device(device)
-        except RuntimeError:
-            raise MachineError(f"--device {device}: torch knows no such device; use cpu, cuda or cuda:1") from None
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise MachineError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
+        self.device = device
+        if device != "cpu":
+            _check_device(device)
+        self._loops: Loops | None = None
+        self._own = threading.local()
+        """What belongs to one thread: its worker for the compiled loops."""
         self._free = memory
         self._room = threading.Condition()
         self._stop = threading.Event()
@@ -62,7 +71,8 @@ class Engine:
         """Run the method's pass over the whole model, if it has one."""
         if method.survey is None or not tensors:
             return None
-        return method.survey(Surveyed(self, tensors, seed))
+        self._find_loops(tensors)
+        return method.survey(_Surveyed(self, tensors, seed))
 
     def merge(
         self, method: MergeMethod, tensors: list[TensorPlan], seed: int, state: Any, writer: FolderWriter,
@@ -81,8 +91,26 @@ class Engine:
                 self._merge(method, tensor, self.block(tensor, seed, state, learned), name, writer)
             writer.finish(name)
 
+        self._find_loops(tensors)
         self.progress.stage("merge", sum(tensor.bytes_in for tensor in tensors))
         self.each(tensors, job)
+
+    def _find_loops(self, tensors: list[TensorPlan]) -> None:
+        if self.device == "cpu":
+            self._loops = loops(sum(tensor.bytes_in for tensor in tensors))
+
+    def _raw(self, tensor: TensorPlan) -> Raw | None:
+        """The stored bytes of a tensor for the compiled loops; None where one input is not as they read it."""
+        if self._loops is None or tensor.dtype not in CODES:
+            return None
+        models = [stored(item) for item in tensor.inputs]
+        base = None if tensor.base is None else stored(tensor.base)
+        whole = [item for item in models if item is not None]
+        if len(whole) < len(models) or (base is None and tensor.base is not None):
+            return None
+        if not hasattr(self._own, "worker"):
+            self._own.worker = Worker(self._loops)
+        return Raw(self._own.worker, whole, base, CODES[tensor.dtype])
 
     def each(self, tensors: list[TensorPlan], job: Callable[[TensorPlan], R]) -> list[R]:
         """job of every tensor, results in the order given; the first error stops all."""
@@ -102,8 +130,7 @@ class Engine:
                 self._stop.set()
                 raise
 
-        workers = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
-        with _one_thread_per_worker(), workers as pool:
+        with workers(self.threads) as pool:
             futures = [pool.submit(run, index) for index in order]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -132,6 +159,7 @@ class Engine:
             seed=seed,
             state=state,
             learned=learned,
+            raw=self._raw(tensor),
         )
 
     def _reader(self, item: Input, tensor: TensorPlan, base: Input | None) -> tuple[Reader, Reader | None]:
@@ -156,8 +184,16 @@ class Engine:
 
     def _merge(self, method: MergeMethod, tensor: TensorPlan, block: Block, name: str, writer: FolderWriter) -> None:
         merged = method.fn(block, **tensor.keywords)
-        dtype, width = to_torch(tensor.dtype), itemsize(tensor.dtype)
+        width = itemsize(tensor.dtype)
         share = tensor.bytes_in / max(tensor.grid.numel, 1)
+        if merged.fused is not None and merged.fused.combine is not None and block.raw is not None:
+            for piece in tensor.grid:
+                if self._stop.is_set():
+                    raise _StoppedError
+                writer.write(name, piece.start * width, block.raw.worker.merge(merged.fused, piece))
+                self.progress.advance(int(piece.numel * share))
+            return
+        dtype = to_torch(tensor.dtype)
         for piece in tensor.grid:
             values = merged(piece).to(dtype)
             if tensor.dtype == "F16" and not torch.isfinite(values).all():
@@ -169,6 +205,9 @@ class Engine:
 
     def _copy(self, tensor: TensorPlan, name: str, writer: FolderWriter) -> None:
         source, *others = tensor.inputs
+        if not others and source.dtype == tensor.dtype and isinstance(source.source, SafetensorsSource):
+            self._copy_bytes(tensor, source.source.filler(source.stored), name, writer)
+            return
         dtype, width = to_torch(tensor.dtype), itemsize(tensor.dtype)
         for piece in Grid(tensor.spec.numel, GRAIN * 2):
             if self._stop.is_set():
@@ -182,6 +221,19 @@ class Engine:
                     )
             writer.write(name, piece.start * width, _bytes(values.to(dtype)))
             self.progress.advance(piece.numel * itemsize(source.dtype) * (1 + len(others)))
+
+    def _copy_bytes(
+        self, tensor: TensorPlan, read: Callable[[int, memoryview], None], name: str, writer: FolderWriter
+    ) -> None:
+        width = itemsize(tensor.dtype)
+        buffer = memoryview(bytearray(min(GRAIN * 2, tensor.spec.numel) * width))
+        for piece in Grid(tensor.spec.numel, GRAIN * 2):
+            if self._stop.is_set():
+                raise _StoppedError
+            part = buffer[: piece.numel * width]
+            read(piece.start, part)
+            writer.write(name, piece.start * width, part)
+            self.progress.advance(len(part))
 
     @contextmanager
     def _holding(self, size: int) -> Iterator[None]:
@@ -202,7 +254,7 @@ class _StoppedError(Exception):
     """Raised inside jobs when another job has failed."""
 
 
-class Surveyed:
+class _Surveyed:
     """What a survey is given: every merged tensor once (tied twins share a key), in sorted order of names."""
 
     def __init__(self, engine: Engine, tensors: list[TensorPlan], seed: int) -> None:
@@ -211,6 +263,11 @@ class Surveyed:
         self.tensors = [by_key[key] for key in sorted(by_key)]
         self.params: Mapping[str, Mapping[str, Any]] = {tensor.key: tensor.keywords for tensor in self.tensors}
         self.passes = 0
+
+    @property
+    def numel(self) -> int:
+        """Entries of all tensors."""
+        return sum(tensor.spec.numel for tensor in self.tensors)
 
     def each(self, fn: Callable[[Block], R]) -> dict[str, R]:
         """fn of every block, on the engine's threads."""
@@ -255,6 +312,13 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, never)
 
 
+def stored(item: Input) -> Stored | None:
+    """An input as the compiled loops read it, or None where they cannot."""
+    if item.update is not None or item.dtype not in CODES or not isinstance(item.source, SafetensorsSource):
+        return None
+    return Stored(CODES[item.dtype], itemsize(item.dtype), item.source.filler(item.stored))
+
+
 def finite(values: torch.Tensor, item: Input, tensor: TensorPlan, piece: Piece) -> torch.Tensor:
     """The values, or a CheckpointError that names the first one that is not a finite number."""
     if values.numel():
@@ -277,12 +341,10 @@ def _bytes(values: torch.Tensor) -> memoryview:
     return values.cpu().contiguous().view(torch.uint8).numpy().data
 
 
-@contextmanager
-def _one_thread_per_worker() -> Iterator[None]:
-    """Our threads are the parallelism; torch's own would fight them, and change the order of sums."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _check_device(device: str) -> None:
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise MachineError(f"--device {device}: torch knows no such device; use cpu, cuda or cuda:1") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise MachineError(f"--device {device}: torch finds no CUDA device here; use --device cpu")

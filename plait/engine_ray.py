@@ -2,26 +2,27 @@
 
 The driver lays the files out, keeps the journal and gives the result its name. A task is a group of tensors of like
 bytes: its worker plans the recipe itself (once a process), reads by span, merges, and writes at final offsets into the
-driver's files. So nothing but names and small sums goes through Ray, and a task that is done twice, because its worker
+driver's files. So nothing but names goes through Ray, and a task that is done twice, because its worker
 died, writes the same bytes twice.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
+import pickle
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from plait.decide import TensorPlan
-from plait.engine import Engine, Progress, Surveyed, keep_freed_memory
+from plait.engine import Engine, Progress, keep_freed_memory
 from plait.errors import MachineError, PlaitError, RecipeError
+from plait.kernels.native import loops
 from plait.methods.contract import MergeMethod
 from plait.plan import Plan, make_plan
 from plait.recipe import Recipe
@@ -30,11 +31,8 @@ from plait.units import show_bytes
 from plait.writer import FolderWriter, ShardFile
 
 if TYPE_CHECKING:
-    from plait.lazy import torch
-    from plait.methods.block import Block
     from plait.state import State
 
-R = TypeVar("R")
 _TASKS_PER_CPU = 16
 """Enough that no processor waits long for the last task; fewer where a task would be less than the next figure."""
 _LEAST_BYTES = 64_000_000
@@ -46,31 +44,36 @@ _STATE_LIMIT = 64_000_000
 
 @dataclass(frozen=True)
 class _Work:
-    """What a worker must know to plan as the driver does."""
+    """What a worker must know to plan and merge as the driver would."""
 
     recipe: Recipe
     key: str
     folder: str
     memory: int
+    seed: int
+    state: bytes
+    """The survey's result, pickled."""
 
 
 class RayEngine(Engine):
-    """Merges on a cluster; what else there is to do (fits, most surveys) on the threads of the machine that made it."""
+    """Merges on a cluster; what else there is to do (surveys, fits) is done by the threads of this machine."""
+
+    here = False
 
     def __init__(
         self, plan: Plan, address: str | None, *, threads: int, memory: int, device: str, progress: Progress
     ) -> None:
-        super().__init__(threads=threads, memory=memory, device=device, progress=progress)
         if plan.method.dynamic is not None:
             raise RecipeError(
                 f"--engine ray: {plan.method.name} makes a routed model, which one machine writes; remove --engine"
             )
-        if self.device.type != "cpu":
+        if device != "cpu":
             raise RecipeError(f"--engine ray: works on processors, not on {device}; remove --device or --engine")
         try:
             import ray  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise MachineError("--engine ray: Ray is not installed; pip install 'plait[ray]'") from None
+        super().__init__(threads=threads, memory=memory, device=device, progress=progress)
         self._ray: Any = ray
         self._plan, self._address, self._started = plan, address, False
 
@@ -94,12 +97,6 @@ class RayEngine(Engine):
             self._ray.shutdown()
             self._started = False
 
-    def survey(self, method: MergeMethod, tensors: list[TensorPlan], seed: int) -> Any:
-        """As the local engine's, with sums over the model made on the cluster."""
-        if method.survey is None or not tensors:
-            return None
-        return method.survey(_FarSurvey(self, tensors, seed))
-
     def merge(
         self, method: MergeMethod, tensors: list[TensorPlan], seed: int, state: Any, writer: FolderWriter,
         learned: State | None = None, names: Mapping[str, str] | None = None,
@@ -113,42 +110,36 @@ class RayEngine(Engine):
                 f"--engine ray: with these parameters {method.name} keeps {show_bytes(len(sent))} of its survey in "
                 "memory, which is not sent to every machine; remove --engine"
             )
-        home = ray.get_runtime_context().get_node_id()
-        target = _Target(
-            writer.partial.resolve(),
-            list(writer.shards.values()),
-            None if learned is None else learned.folder.resolve(),
-        )
-        self.progress.stage("merge", sum(tensor.bytes_in for tensor in tensors))
-        for _, group in self.tasks(_merge_group, tensors, ray.put(sent), target, home):
-            for tensor in group:
-                writer.finish(tensor.name)
-
-    def tasks(
-        self, fn: Callable[..., R], tensors: list[TensorPlan], *args: Any
-    ) -> Iterator[tuple[R, list[TensorPlan]]]:
-        """fn(work, names, *args) on the cluster for groups of the tensors: results as they come, with their tensors."""
-        ray = self._connected()
-        work = ray.put(_Work(self._plan.recipe, plan_key(self._plan), os.getcwd(), self.memory))
+        work = ray.put(_Work(self._plan.recipe, plan_key(self._plan), os.getcwd(), self.memory, seed, sent))
+        target = ray.put(
+            _Target(
+                writer.partial.resolve(), list(writer.shards.values()), ray.get_runtime_context().get_node_id(),
+                None if learned is None else learned.folder.resolve(),
+            )
+        )  # fmt: skip
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        task = ray.remote(num_cpus=1, max_retries=_RETRIES)(fn)
-        waiting = {}
-        for group in grouped(tensors, cpus * _TASKS_PER_CPU):
-            waiting[task.remote(work, [tensor.name for tensor in group], *args)] = group
+        task = ray.remote(num_cpus=1, max_retries=_RETRIES)(_merge_group)
+        self.progress.stage("merge", sum(tensor.bytes_in for tensor in tensors))
+        waiting = {
+            task.remote(work, target, [tensor.name for tensor in group]): group
+            for group in grouped(tensors, cpus * _TASKS_PER_CPU)
+        }
         try:
             while waiting:
-                done, _ = ray.wait(list(waiting), num_returns=1)
-                for reference in done:
+                for reference in ray.wait(list(waiting), num_returns=1)[0]:
                     group = waiting.pop(reference)
-                    yield self._result(reference), group
+                    self._result(reference)
+                    for tensor in group:
+                        writer.finish(tensor.name)
                     self.progress.advance(sum(tensor.bytes_in for tensor in group))
         finally:
             for reference in waiting:
                 ray.cancel(reference, force=True)
 
-    def _result(self, reference: Any) -> Any:
+    def _result(self, reference: Any) -> None:
+        """Raise what the task raised."""
         try:
-            return self._ray.get(reference)
+            self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, PlaitError):
                 raise error.cause from None
@@ -159,24 +150,6 @@ class RayEngine(Engine):
                 f"({str(error).splitlines()[0]}); run the same command again to go on, with a smaller --memory if "
                 "machines ran out of it"
             ) from None
-
-
-class _FarSurvey(Surveyed):
-    """What a survey is given: sums are made on the cluster, `each`, whose fn may remember things, in this process."""
-
-    def __init__(self, engine: RayEngine, tensors: list[TensorPlan], seed: int) -> None:
-        super().__init__(engine, tensors, seed)
-        self._cluster = engine
-
-    def total(self, fn: Callable[[Block], torch.Tensor]) -> torch.Tensor:
-        """Sum of fn over the blocks that have entries."""
-        from plait.lazy import torch
-
-        self.passes += 1
-        self.engine.progress.stage(f"survey {self.passes}", sum(tensor.bytes_in for tensor in self.tensors))
-        tasks = self._cluster.tasks(_sum_group, self.tensors, fn, self.seed)
-        parts = [part for part, _ in tasks if part is not None]
-        return functools.reduce(torch.add, parts) if parts else torch.zeros(())
 
 
 def plan_key(plan: Plan) -> str:
@@ -208,6 +181,8 @@ class _Target:
 
     partial: Path
     shards: list[ShardFile]
+    home: str
+    """The driver's node."""
     learned: Path | None
 
 
@@ -253,7 +228,7 @@ _PLANS: dict[str, tuple[Plan, Engine]] = {}
 """The plan that this worker has made, by its key."""
 
 
-def _planned(work: _Work, names: list[str]) -> tuple[Plan, Engine, list[TensorPlan]]:
+def _planned(work: _Work) -> tuple[Plan, Engine]:
     if work.key not in _PLANS:
         keep_freed_memory()
         if os.path.isdir(work.folder):  # a recipe's relative paths may start at the driver's
@@ -264,29 +239,22 @@ def _planned(work: _Work, names: list[str]) -> tuple[Plan, Engine, list[TensorPl
                 f"--engine ray: {socket.gethostname()} has another version of Plait, or other files under the paths of "
                 "the recipe; all machines must share both"
             )
+        loops(plan.bytes_in)  # compiled now if this machine has not: a single task may be too small to ask for it
         _PLANS.clear()
         _PLANS[work.key] = plan, Engine(threads=1, memory=work.memory, device="cpu", progress=_Quiet())
-    plan, engine = _PLANS[work.key]
-    chosen = set(names)
-    return plan, engine, [tensor for tensor in plan.tensors if tensor.name in chosen]
+    return _PLANS[work.key]
 
 
-def _merge_group(work: _Work, names: list[str], sent: bytes, target: _Target, home: str) -> None:
-    import pickle
-
+def _merge_group(work: _Work, target: _Target, names: list[str]) -> None:
     import ray  # pyright: ignore[reportMissingImports]
 
-    plan, engine, tensors = _planned(work, names)
+    plan, engine = _planned(work)
+    chosen = set(names)
+    tensors = [tensor for tensor in plan.tensors if tensor.name in chosen]
     learned = load_state(target.learned) if target.learned is not None else None
     with _Joined(target, names) as writer:
-        engine.merge(plan.method, tensors, plan.recipe.seed, pickle.loads(sent), writer, learned)
-        if ray.get_runtime_context().get_node_id() != home:  # the driver's own machine syncs before the rename
+        engine.merge(plan.method, tensors, work.seed, pickle.loads(work.state), writer, learned)
+        if ray.get_runtime_context().get_node_id() != target.home:  # the driver's own machine syncs before the rename
             writer.sync()
     if learned is not None:
         learned.close()
-
-
-def _sum_group(work: _Work, names: list[str], fn: Callable[[Block], torch.Tensor], seed: int) -> torch.Tensor | None:
-    _, engine, tensors = _planned(work, names)
-    tensors = [tensor for tensor in tensors if tensor.grid.numel]
-    return Surveyed(engine, tensors, seed).total(fn) if tensors else None

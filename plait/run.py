@@ -23,6 +23,7 @@ from plait.plan import Plan, make_plan
 from plait.recipe import Recipe, load_recipe
 from plait.sidefiles import side_files
 from plait.state import FACTS, NUMBERS, State, check_fits, load_state
+from plait.threads import usable_threads
 from plait.units import parse_bytes, show_bytes
 from plait.writer import FolderWriter, ShardFile, index_of, lay_out
 
@@ -166,7 +167,9 @@ def _carry_out(
     if plan.method.dynamic is not None:
         return _run_routed(plan, out, engine, learned, overwrite)
     shards = lay_out([tensor.spec for tensor in plan.tensors], shard_size, {"format": "pt"})
-    with FolderWriter(out, _resume_key(plan, shards, learned), shards, overwrite=overwrite) as writer:
+    key = _resume_key(plan, shards, learned)
+    follow = engine.here and engine.threads > 1
+    with FolderWriter(out, key, shards, overwrite=overwrite, follow=follow) as writer:
         resumed = len(writer.done)
         todo = [tensor for tensor in plan.tensors if tensor.name not in writer.done]
         explain = plan.method.explain
@@ -263,11 +266,6 @@ def refuse_impossible(plan: Plan, out: Path, memory: int) -> None:
         )
 
 
-def usable_threads() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def provenance(
     plan: Plan, hashes: Mapping[str, str], learned: State | None = None, told: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -275,7 +273,7 @@ def provenance(
     return {
         "format": FORMAT,
         "plait": version("plait"),
-        "torch": torch.__version__,
+        "torch": version("torch"),
         "python": platform.python_version(),
         "method": plan.method.name,
         "paper": plan.method.paper,

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from plait.dtypes import to_torch
+from plait.dtypes import torch_name
 from plait.plan import Plan
 from plait.tokens import is_tokenizer_file
 
@@ -42,7 +42,7 @@ def config_json(plan: Plan) -> bytes:
     config: dict[str, Any] = {key: value for key, value in plan.config.items() if key != "auto_map"}
     types = {tensor.dtype for tensor in plan.merged}
     if len(types) == 1:
-        name = str(to_torch(types.pop())).removeprefix("torch.")
+        name = torch_name(types.pop())
         for key in ("dtype", "torch_dtype"):
             if key in config:
                 config[key] = name

@@ -24,6 +24,7 @@ from typing import IO
 
 from plait.dtypes import from_torch, itemsize
 from plait.errors import MachineError, RecipeError
+from plait.follow import Follower
 from plait.lazy import torch
 from plait.sources.base import TensorSpec
 
@@ -39,6 +40,13 @@ class ShardFile:
     header: bytes
     offsets: Mapping[str, int]
     size: int
+
+    def regions(self) -> list[tuple[str, int, int]]:
+        """(tensor, first byte, one after its last), in the order of the file."""
+        starts = sorted(self.offsets.items(), key=lambda item: item[1])
+        return [
+            (name, at, end) for (name, at), end in zip(starts, [*(at for _, at in starts[1:]), self.size], strict=True)
+        ]
 
 
 def lay_out(
@@ -87,8 +95,10 @@ def index_of(shards: Iterable[ShardFile], total: int) -> bytes:
 class FolderWriter:
     """Writes one output folder. Use as a context manager; leaving it without `commit` keeps the work for resuming."""
 
-    def __init__(self, out: Path, key: str, shards: list[ShardFile], *, overwrite: bool) -> None:
+    def __init__(self, out: Path, key: str, shards: list[ShardFile], *, overwrite: bool, follow: bool = False) -> None:
         self.out = out
+        self.follow = follow
+        """Whether a thread of its own hashes what is written; else that is done at the end."""
         self.partial = out.parent / f".{out.name}.partial-{key[:16]}"
         self.shards = {item.name: item for item in shards}
         self.overwrite = overwrite
@@ -98,6 +108,7 @@ class FolderWriter:
         self._synced = time.monotonic()
         self._journal: IO[str] | None = None
         self._guard = -1
+        self._follower: Follower | None = None
         self.done: set[str] = set()
         """Tensors that an interrupted run has finished."""
 
@@ -141,6 +152,8 @@ class FolderWriter:
 
     def finish(self, tensor: str) -> None:
         """Note in the journal that a tensor is whole."""
+        if self._follower is not None:
+            self._follower.finished(tensor)
         with self._lock:
             assert self._journal is not None
             self._journal.write(json.dumps(tensor) + "\n")
@@ -161,7 +174,9 @@ class FolderWriter:
             raise self._explain(error) from None
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of every weight file as it now stands."""
+        """SHA-256 of every weight file as it now stands, once all tensors are finished."""
+        if self._follower is not None:
+            return self._follower.result()
         result = {}
         for name in sorted(self.shards):
             digest = hashlib.sha256()
@@ -214,6 +229,10 @@ class FolderWriter:
             self._journal.truncate(0)
             self._journal.write(json.dumps({"boot": _boot()}) + "\n")
             self._journal.flush()
+        if self.follow:
+            self._follower = Follower(
+                ((self.partial / item.name, item.regions()) for item in self.shards.values()), self.done
+            )
 
     def _read_journal(self) -> set[str]:
         """Finished tensors. After a reboot only those before the last sync: the rest may not have reached the disk."""
@@ -251,6 +270,9 @@ class FolderWriter:
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def _close(self) -> None:
+        if self._follower is not None:
+            self._follower.stop()
+            self._follower = None
         for fd in self._files.values():
             os.close(fd)
         self._files = {}

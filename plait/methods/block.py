@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from plait.kernels.fused import Fused, Raw
+from plait.kernels.job import DELTAS, MODELS
 from plait.lazy import np, torch
+from plait.methods import draws
 from plait.methods.stream import Grid, Piece, Scope, Stream
 
 Reader = Callable[[Piece], "torch.Tensor"]
@@ -37,6 +40,8 @@ class Block:
     """What the method's survey of the whole model found, if it has one."""
     learned: Any = None
     """What was learned before, for methods that learn (`plait.state.State`)."""
+    raw: Raw | None = None
+    """The stored bytes and the compiled loops that read them, where both are there."""
     _held: tuple[int, torch.Tensor] | None = field(default=None, repr=False)
 
     @classmethod
@@ -88,12 +93,15 @@ class Block:
     @property
     def models(self) -> Stream:
         """The experts' values, [K, n]."""
-        return Stream(self.grid, self._models)
+        return Stream(self.grid, self._models, self._fused(MODELS))
 
     @property
     def deltas(self) -> Stream:
         """The task vectors, [K, n], in a fresh buffer that may be written into."""
-        return Stream(self.grid, self._deltas)
+        return Stream(self.grid, self._deltas, self._fused(DELTAS))
+
+    def _fused(self, source: int) -> Fused | None:
+        return None if self.raw is None else Fused(self, source)
 
     def _base(self, piece: Piece) -> torch.Tensor:
         # One piece is held back: a method asks for deltas and then for the base of the same piece.
@@ -125,7 +133,9 @@ class Block:
 
     def uniform(self, k: int, piece: Piece) -> torch.Tensor:
         """Uniform float32 numbers in [0, 1) for expert k, a function of (seed, tensor, task, position) alone."""
-        return self.draw(self.tasks[k], piece)
+        return torch.from_numpy(
+            draws.uniform(draws.key_of(self.seed, self.name, self.tasks[k]), piece.start, piece.stop)
+        )
 
     def draw(self, purpose: str, piece: Piece) -> torch.Tensor:
         """Uniform float32 numbers in [0, 1), a function of (seed, tensor, purpose, position) alone.

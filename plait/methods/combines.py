@@ -6,10 +6,13 @@ a stream [n].
 
 from __future__ import annotations
 
+from plait.kernels import job as J
+from plait.kernels.fused import described
 from plait.lazy import torch
 from plait.methods.block import Block, per_model
 from plait.methods.contract import PerModel
 from plait.methods.stream import Stream
+from plait.methods.sums import totals
 from plait.methods.transforms import elected_sign, fold
 
 
@@ -23,7 +26,8 @@ def sum_(block: Block, vectors: Stream, *, weight: PerModel[float] = 1.0, normal
         result = fold(values if plain else values * column(weights, values))
         return result / divisor if normalize else result
 
-    return vectors.map(add)
+    fused = described(vectors, combine=J.SUM, weights=weights, normalize=normalize, divisor=divisor)
+    return vectors.map(add, fused=fused)
 
 
 def elect(block: Block, vectors: Stream, *, weight: PerModel[float] = 1.0, normalize: bool = True) -> Stream:
@@ -48,7 +52,8 @@ def elect(block: Block, vectors: Stream, *, weight: PerModel[float] = 1.0, norma
         divisor = fold(torch.sign(agreeing) * scales)
         return result / divisor.add_((divisor == 0).to(divisor.dtype))
 
-    return vectors.map(merge)
+    fused = described(vectors, combine=J.ELECT, weights=weights, normalize=normalize, zero_is_positive=zero_is_positive)
+    return vectors.map(merge, fused=fused)
 
 
 def sce(block: Block, vectors: Stream) -> Stream:
@@ -57,10 +62,9 @@ def sce(block: Block, vectors: Stream) -> Stream:
     w_k = mean(τ_k²) / Σ_j mean(τ_j²) per tensor; Δ = Σ w_k τ_k / Σ w_k over the k with the elected sign.
     """
     n = max(vectors.grid.numel, 1)
-    energy = vectors.total(lambda values: values.to(torch.float64).square().sum(dim=-1)) / n
-    energy = energy.reshape(-1) if energy.ndim else torch.zeros(len(block.tasks), dtype=torch.float64)
-    whole = float(energy.sum())
-    weights = (energy / whole).tolist() if whole > 0 else [1 / len(block.tasks)] * len(block.tasks)
+    energy = [total / n for total in totals(block, vectors, J.SQUARE)]
+    whole = sum(energy)
+    weights = [part / whole for part in energy] if whole > 0 else [1 / len(block.tasks)] * len(block.tasks)
 
     def merge(values: torch.Tensor) -> torch.Tensor:
         sign = elected_sign(values)
@@ -68,7 +72,7 @@ def sce(block: Block, vectors: Stream) -> Stream:
         scales = column(weights, values)
         return fold(agreeing * scales) * sign / fold(torch.sign(agreeing) * scales).clamp(min=1e-6)
 
-    return vectors.map(merge)
+    return vectors.map(merge, fused=described(vectors, combine=J.SCE, weights=weights))
 
 
 def column(weights: list[float], values: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from plait.kernels.fused import described
 from plait.lazy import torch
 from plait.methods.block import Block
 from plait.methods.contract import Range
@@ -13,7 +14,9 @@ from plait.methods.stream import Stream
 
 def scale(block: Block, delta: Stream, *, lambda_: float = 1.0) -> Stream:
     """λ·Δ."""
-    return delta if lambda_ == 1 else delta.map(lambda values: values * lambda_)
+    if lambda_ == 1:
+        return delta
+    return delta.map(lambda values: values * lambda_, fused=described(delta, scale=lambda_))
 
 
 def svc(block: Block, delta: Stream, *, alpha: Annotated[float, Range(0, open_low=True)] | None = None) -> Stream:
@@ -51,4 +54,4 @@ FINISHES = {"scale": scale, "svc": svc}
 
 def add_base(block: Block, delta: Stream) -> Stream:
     """θ0 + Δ: the last step of every method on task vectors."""
-    return delta.map(lambda values, base: base + values, block.base)
+    return delta.map(lambda values, base: base + values, block.base, fused=described(delta, on_base=True))

@@ -18,6 +18,11 @@ class InMemory:
         self.blocks = dict(sorted(blocks.items()))
         self.params = dict.fromkeys(self.blocks, params)
 
+    @property
+    def numel(self) -> int:
+        """Entries of all tensors."""
+        return sum(block.grid.numel for block in self.blocks.values())
+
     def each(self, fn: Callable[[Block], Any]) -> dict[str, Any]:
         """fn of every block, by name, in sorted order."""
         return {name: fn(block) for name, block in self.blocks.items()}

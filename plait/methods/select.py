@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from plait.kernels import selection
 from plait.lazy import torch
 from plait.methods.stream import Piece, Stream
 
@@ -154,20 +155,37 @@ def equal_counts(magnitudes: torch.Tensor, cuts: Sequence[Sequence[Cut]]) -> lis
     return [[int(torch.count_nonzero(bits[k] == cut.bits)) for cut in row] for k, row in enumerate(cuts)]
 
 
-def largest(magnitudes: Stream, counts: Sequence[Sequence[int]], numel: int) -> list[list[Cut]]:
-    """For each expert k of a [K, n] stream of magnitudes and each wanted count, the cut that keeps exactly that many.
+def largest(values: Stream, counts: Sequence[Sequence[int]], numel: int) -> list[list[Cut]]:
+    """For each expert k of a [K, n] stream and each wanted count, the cut that keeps exactly that many magnitudes.
 
     `counts[k]` lists the counts wanted of expert k; all experts must want equally many cuts.
     """
-    trivial = all(count <= 0 or count >= numel for row in counts for count in row)
-    if trivial:
-        return [[Cut(bits=_NONE) if count <= 0 else Cut(bits=_ALL) for count in row] for row in counts]
+    if all(count <= 0 or count >= numel for row in counts for count in row):
+        return [[trivial(count) for count in row] for row in counts]
+    if values.fused is not None and values.fused.plain:
+        found = selection.largest(values.fused, counts, Cut, trivial)
+        if found is not None:
+            return found
+    magnitudes = values.map(abs)
     search = Histograms(counts, numel)
     search.choose(magnitudes.total(Histograms.high))
     cuts = search.cuts(magnitudes.total(search.low))
     if any(cut.quota < cut.equals for row in cuts for cut in row):
         fill_before(cuts, magnitudes.sweep(lambda values, _: equal_counts(values, cuts)))
     return cuts
+
+
+def trivial(count: int) -> Cut:
+    """The cut that keeps nothing, or everything."""
+    return Cut(bits=_NONE) if count <= 0 else Cut(bits=_ALL)
+
+
+def count_nonzero(values: Stream) -> int:
+    """Entries of a stream [1, n] that are not zero."""
+    if values.fused is not None and values.fused.plain:
+        (tally,) = selection.tally(values.fused, [(1, 0)], [0]) or ()
+        return tally.above
+    return sum(values.sweep(lambda part, _: int(torch.count_nonzero(part))))
 
 
 def fill_before(cuts: Sequence[Sequence[Cut]], per_piece: Sequence[list[list[int]]]) -> None:

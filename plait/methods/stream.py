@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from plait.lazy import torch
+
+if TYPE_CHECKING:
+    from plait.kernels.fused import Fused
 
 T = TypeVar("T")
 Scope = Literal["element", "row", "tensor"]
@@ -66,21 +69,23 @@ class Grid:
 class Stream:
     """A flat tensor [n], or K stacked ones [K, n], whose pieces are computed on demand."""
 
-    def __init__(self, grid: Grid, load: Callable[[Piece], torch.Tensor]) -> None:
+    def __init__(self, grid: Grid, load: Callable[[Piece], torch.Tensor], fused: Fused | None = None) -> None:
         self.grid = grid
+        self.fused = fused
+        """The same in the words of the compiled loops, where they know it; always the same bytes."""
         self._load = load
 
     def __call__(self, piece: Piece) -> torch.Tensor:
         """The values of one piece; callers may write into what `map` made, never into what a source gave."""
         return self._load(piece)
 
-    def map(self, fn: Callable[..., torch.Tensor], *others: Stream) -> Stream:
-        """Lazily fn(own piece, the others' same piece, …)."""
-        return Stream(self.grid, lambda piece: fn(self(piece), *(other(piece) for other in others)))
+    def map(self, fn: Callable[..., torch.Tensor], *others: Stream, fused: Fused | None = None) -> Stream:
+        """Lazily fn(own piece, the others' same piece, …). `fused` says the same to the compiled loops."""
+        return Stream(self.grid, lambda piece: fn(self(piece), *(other(piece) for other in others)), fused)
 
-    def map_pieces(self, fn: Callable[[torch.Tensor, Piece], torch.Tensor]) -> Stream:
+    def map_pieces(self, fn: Callable[[torch.Tensor, Piece], torch.Tensor], *, fused: Fused | None = None) -> Stream:
         """As `map`, for functions that must know where the piece lies."""
-        return Stream(self.grid, lambda piece: fn(self(piece), piece))
+        return Stream(self.grid, lambda piece: fn(self(piece), piece), fused)
 
     def sweep(self, fn: Callable[[torch.Tensor, Piece], T]) -> list[T]:
         """Compute every piece once, in order, and return fn's results in that order."""

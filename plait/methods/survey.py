@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from plait.errors import RecipeError
+from plait.kernels import job as J
+from plait.kernels import selection
+from plait.kernels.fused import described
 from plait.lazy import torch
 from plait.methods.block import Block, per_model
-from plait.methods.select import Cut, Histograms, count_of, equal_counts
+from plait.methods.select import Cut, Histograms, count_of, equal_counts, trivial
 from plait.methods.transforms import fold
 
 R = TypeVar("R")
@@ -27,8 +30,12 @@ class Model(Protocol):
         ...
 
     def total(self, fn: Callable[[Block], torch.Tensor]) -> torch.Tensor:
-        """Sum of fn over all blocks, kept in one tensor. fn gives whole numbers, so that the order is free, and leaves
-        nothing behind, so that it may run in other processes (that of `each` runs in this one)."""
+        """Sum of fn over all blocks, kept in one tensor. fn gives whole numbers, so that the order is free."""
+        ...
+
+    @property
+    def numel(self) -> int:
+        """Entries of all blocks."""
         ...
 
     @property
@@ -56,14 +63,9 @@ def survey_trim(model: Model) -> TrimState | None:
         return None
     densities = _one_density(model.params)
 
-    high = model.total(lambda block: block.deltas.total(lambda values: Histograms.high(values.abs())))
-    if high.ndim < 2:
+    per_tensor = _by_tally(model, densities) or _by_histogram(model, densities)
+    if per_tensor is None:
         return None  # every tensor is empty
-    numel = int(high[0].sum())
-    search = Histograms([[count_of(d, numel)] for d in per_model(densities, len(high))], numel)
-    search.choose(high)
-    cuts = search.cuts(model.total(lambda block: block.deltas.total(lambda values: search.low(values.abs()))))
-    per_tensor = _spread_equals(model, cuts)
 
     def votes(block: Block) -> torch.Tensor:
         def count(values: torch.Tensor, piece: Any) -> torch.Tensor:
@@ -73,7 +75,61 @@ def survey_trim(model: Model) -> TrimState | None:
 
         return torch.stack([torch.zeros((), dtype=torch.float64), *block.deltas.sweep(count)]).sum()
 
-    return TrimState(per_tensor, -1 if float(model.total(votes)) < 0 else 1)
+    def balance(block: Block) -> int:
+        trimmed = described(block.deltas, sparsify=J.CUT, cuts=per_tensor[block.name])
+        if trimmed is None or block.raw is None:
+            return int(votes(block))
+        return sum(block.raw.worker.votes(trimmed, piece) for piece in block.grid)
+
+    return TrimState(per_tensor, -1 if sum(model.each(balance).values()) < 0 else 1)
+
+
+def _by_tally(model: Model, densities: Any) -> dict[str, list[list[Cut]]] | None:
+    """The cuts by two passes of compiled loops, or None where they cannot."""
+    rate = selection.rate_of(model.numel)
+    sampled = model.each(lambda block: selection.sample_of(block, rate))
+    samples = [found for found in sampled.values() if found is not None]
+    if not samples or len(samples) < len(sampled):
+        return None
+    tasks = max(len(found.sizes) for found in samples)
+    if not selection.fits(model.numel, tasks):
+        return None
+    counts = [count_of(d, model.numel) for d in per_model(densities, tasks)]
+    bounds = selection.bounds_of(samples, counts, model.numel)
+    tallied = model.each(lambda block: selection.tally_of(block, bounds))
+    if None in tallied.values():
+        return None
+    cuts: list[Cut] = []
+    for k, wanted in enumerate(counts):
+        if not 0 < wanted < model.numel:
+            cuts.append(trivial(wanted))
+            continue
+        rows = [found[k] for found in tallied.values() if found]
+        located = selection.locate(rows, wanted - sum(row.above for row in rows))
+        if located is None:
+            return None
+        cuts.append(Cut(*located))
+    result: dict[str, list[list[Cut]]] = {}
+    running = [0] * len(cuts)
+    for name, found in tallied.items():
+        own = [[Cut(cut.bits, cut.quota, cut.equals)] for cut in cuts]
+        for k, ((cut,), row) in enumerate(zip(own, found or (), strict=False)):
+            if cut.quota < cut.equals:
+                cut.before = [running[k] + count for count in selection.before(row, cut.bits)]
+                running[k] = cut.before[-1]
+        result[name] = own
+    return result
+
+
+def _by_histogram(model: Model, densities: Any) -> dict[str, list[list[Cut]]] | None:
+    """The cuts by two histograms; None where every tensor is empty."""
+    high = model.total(lambda block: block.deltas.total(lambda values: Histograms.high(values.abs())))
+    if high.ndim < 2:
+        return None
+    search = Histograms([[count_of(d, model.numel)] for d in per_model(densities, len(high))], model.numel)
+    search.choose(high)
+    cuts = search.cuts(model.total(lambda block: block.deltas.total(lambda values: search.low(values.abs()))))
+    return _spread_equals(model, cuts)
 
 
 def _one_density(params: Mapping[str, Mapping[str, Any]]) -> Any:

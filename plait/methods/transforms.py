@@ -5,13 +5,17 @@ Every transform takes the block and a stream of task vectors [K, n] and gives a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
+from plait.kernels import job as J
+from plait.kernels.fused import Fused, described
 from plait.lazy import torch
 from plait.methods.block import Block, per_model
 from plait.methods.contract import Fraction, PerModel, Range
-from plait.methods.select import count_of, largest
+from plait.methods.select import count_nonzero, count_of, largest
 from plait.methods.stream import Piece, Stream
+from plait.methods.sums import totals
 
 
 def trim(
@@ -34,15 +38,15 @@ def trim(
         return deltas
     else:
         counts = [[count_of(d, deltas.grid.numel)] for d in densities]
-        cuts = largest(deltas.map(torch.abs), counts, deltas.grid.numel)
+        cuts = largest(deltas, counts, deltas.grid.numel)
 
     def keep(values: torch.Tensor, piece: Piece) -> torch.Tensor:
         for k, (cut,) in enumerate(cuts):
             cut.keep_(values[k], piece)
         return values
 
-    trimmed = deltas.map_pieces(keep)
-    return match_l1(deltas, trimmed) if rescale else trimmed
+    trimmed = deltas.map_pieces(keep, fused=described(deltas, sparsify=J.CUT, cuts=cuts))
+    return match_l1(block, deltas, trimmed) if rescale else trimmed
 
 
 def drop(
@@ -71,8 +75,9 @@ def drop(
                     values[k] /= d
         return values
 
-    dropped = deltas.map_pieces(keep)
-    return match_l1(deltas, dropped) if rescale and not by_density else dropped
+    fused = described(deltas, sparsify=J.DROP, densities=densities, divide=by_density)
+    dropped = deltas.map_pieces(keep, fused=fused)
+    return match_l1(block, deltas, dropped) if rescale and not by_density else dropped
 
 
 def outliers(
@@ -97,7 +102,7 @@ def outliers(
         kept = n if d >= 1 else count_of(d, n)
         top = 0 if d >= 1 else min(int(g * n), n - kept)
         counts.append([top, top + kept])
-    cuts = largest(deltas.map(torch.abs), counts, n)
+    cuts = largest(deltas, counts, n)
 
     def keep(values: torch.Tensor, piece: Piece) -> torch.Tensor:
         for k, (top, bottom) in enumerate(cuts):
@@ -107,8 +112,8 @@ def outliers(
             values[k] -= largest_ones
         return values
 
-    kept = deltas.map_pieces(keep)
-    return match_l1(deltas, kept) if rescale else kept
+    kept = deltas.map_pieces(keep, fused=described(deltas, sparsify=J.CUT, cuts=cuts))
+    return match_l1(block, deltas, kept) if rescale else kept
 
 
 def magprune(
@@ -147,8 +152,17 @@ def magprune(
             values[k] *= block.uniform(k, piece).to(values.device) < chance
         return values
 
-    kept = deltas.map_pieces(keep)
-    return match_l1(deltas, kept) if rescale else kept
+    kept = deltas.map_pieces(keep, fused=_masked(block, deltas, densities, epsilons))
+    return match_l1(block, deltas, kept) if rescale else kept
+
+
+def _masked(block: Block, deltas: Stream, densities: Sequence[float], epsilons: Sequence[float]) -> Fused | None:
+    """What `magprune` keeps, as bits: the ranks of a row are found once, though the tensor is read again."""
+    if deltas.fused is None or not deltas.fused.plain or block.raw is None or any(d <= 0 for d in densities):
+        return None
+    width = block.grid.numel // block.shape[0] if len(block.shape) > 1 and block.shape[0] else block.grid.numel
+    masks = block.raw.worker.prune(deltas.fused, max(width, 1), densities, epsilons)
+    return described(deltas, sparsify=J.MASKED, masks=masks, masked=[d < 1 for d in densities])
 
 
 def consensus(
@@ -169,7 +183,7 @@ def consensus(
         matters = values.abs() >= mu * (together - values).abs()
         return values * (matters.sum(0) >= votes)
 
-    return deltas.map(keep)
+    return deltas.map(keep, fused=described(deltas, sparsify=J.CONSENSUS, mu=mu, votes=votes))
 
 
 def spread(block: Block, deltas: Stream, *, select_topk: Fraction = 1.0) -> Stream:
@@ -179,11 +193,13 @@ def spread(block: Block, deltas: Stream, *, select_topk: Fraction = 1.0) -> Stre
     """
     if select_topk >= 1:
         return deltas
-    variance = deltas.map(_variance)
-    varied = sum(variance.sweep(lambda values, _: int(torch.count_nonzero(values))))
-    count = int(varied * select_topk)
+    variance = deltas.map(_variance, fused=described(deltas, sparsify=J.SPREAD))
+    count = int(count_nonzero(variance) * select_topk)
     ((cut,),) = largest(variance, [[count]], deltas.grid.numel)
-    return deltas.map_pieces(lambda values, piece: values * cut.mask(_variance(values)[0], piece))
+    return deltas.map_pieces(
+        lambda values, piece: values * cut.mask(_variance(values)[0], piece),
+        fused=described(deltas, sparsify=J.SPREAD, cuts=[[cut]]),
+    )
 
 
 def agree(block: Block, deltas: Stream) -> Stream:
@@ -191,7 +207,8 @@ def agree(block: Block, deltas: Stream) -> Stream:
 
     With `trim` before it this gives the vectors of AdaMerging++ (arXiv:2310.02575).
     """
-    return deltas.map(lambda values: values * (values * elected_sign(values) > 0))
+    fused = described(deltas, sparsify=J.AGREE)
+    return deltas.map(lambda values: values * (values * elected_sign(values) > 0), fused=fused)
 
 
 def elected_sign(values: torch.Tensor, zero_is_positive: bool = True) -> torch.Tensor:
@@ -208,17 +225,14 @@ def _variance(values: torch.Tensor) -> torch.Tensor:
     return (fold(spread * spread) / len(values)).unsqueeze(0)
 
 
-def match_l1(before: Stream, after: Stream) -> Stream:
+def match_l1(block: Block, before: Stream, after: Stream) -> Stream:
     """Scale each task vector of `after` [K, n] so that its L1 norm over the tensor is that of `before`."""
-    whole = before.total(_l1)
-    kept = after.total(_l1)
-    tiny = (whole < 1e-7) | (kept < 1e-7)
-    factor = torch.where(tiny, torch.ones_like(whole), whole / torch.where(tiny, torch.ones_like(kept), kept))
-    return after.map(lambda values: values * factor.to(values.dtype).reshape(-1, 1))
-
-
-def _l1(values: torch.Tensor) -> torch.Tensor:
-    return values.abs().sum(dim=-1, dtype=torch.float64)
+    sums = zip(totals(block, before, J.ABSOLUTE), totals(block, after, J.ABSOLUTE), strict=True)
+    factors = [1.0 if whole < 1e-7 or kept < 1e-7 else whole / kept for whole, kept in sums]
+    return after.map(
+        lambda values: values * torch.tensor(factors, dtype=values.dtype, device=values.device).unsqueeze(1),
+        fused=described(after, factors=factors),
+    )
 
 
 def fold(values: torch.Tensor) -> torch.Tensor:

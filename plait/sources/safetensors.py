@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,18 @@ class SafetensorsSource:
             buffer = values.view(torch.uint8).numpy().data
             files.fill(shard.descriptor, buffer, shard.offsets[name] + start * itemsize(spec.dtype), shard.path)
         return values
+
+    def filler(self, name: str) -> Callable[[int, memoryview], None]:
+        """(first entry, buffer) → fills the buffer with stored bytes: `read` for those who own the memory."""
+        spec, shard = self.specs[name], self._places[name]
+        begin, width = shard.offsets[name], itemsize(spec.dtype)
+
+        def fill(start: int, buffer: memoryview) -> None:
+            if not self._finalizer.alive:
+                raise CheckpointError(f"{self.label}: was closed before '{name}' was read.")
+            files.fill(shard.descriptor, buffer, begin + start * width, shard.path)
+
+        return fill
 
     def read_bytes(self, name: str, start: int, stop: int) -> bytes:
         """The same elements as they are stored, without torch."""

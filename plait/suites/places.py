@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from plait.errors import RecipeError, nearest
+from plait.places import cache_folder
 from plait.suites.definition import Suite, read_suite
 
 BUILT = ("vision", "vision-hard", "text", "text-hard", "language")
@@ -16,15 +17,6 @@ PACKAGED = {
     "clip8-l14": "the same, ViT-L/14",
 }
 """Suites whose models and data are on the hub: their YAML files lie beside this one, and nothing need be built."""
-
-
-def cache_folder() -> Path:
-    """PLAIT_CACHE, else the user's cache folder."""
-    own = os.environ.get("PLAIT_CACHE")
-    if own:
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "plait"
 
 
 def suite_folder(name: str) -> Path:

@@ -1,0 +1,80 @@
+"""Hashes output files while they are being written: what is whole from the start of a file on is read back at once.
+
+A file's SHA-256 is a chain, so one thread follows the tensors as they are finished. What it reads is still in the page
+cache, and little is left to do when the last tensor is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+from plait.errors import MachineError
+
+_STEP = 1 << 20
+
+
+class Follower:
+    """One thread over all files of a folder. Regions: (tensor, first byte, one after the last)."""
+
+    def __init__(self, files: Iterable[tuple[Path, Iterable[tuple[str, int, int]]]], done: Iterable[str]) -> None:
+        self._files = [(path, sorted(regions, key=lambda region: region[1:])) for path, regions in files]
+        self._done = set(done)
+        self._news = threading.Condition()
+        self._stopped = False
+        self._hashes: dict[str, str] = {}
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, name="plait-hash", daemon=True)
+        self._thread.start()
+
+    def finished(self, tensor: str) -> None:
+        """A tensor's bytes are all in its file."""
+        with self._news:
+            self._done.add(tensor)
+            self._news.notify()
+
+    def result(self) -> dict[str, str]:
+        """File name → SHA-256, once every tensor is finished. MachineError when a file cannot be read back."""
+        self._thread.join()
+        if self._error is not None:
+            reason = self._error.strerror or self._error
+            raise MachineError(f"{self._error.filename or 'the output'}: cannot be read back: {reason}")
+        return dict(self._hashes)
+
+    def stop(self) -> None:
+        """Give up and wait for the thread."""
+        with self._news:
+            self._stopped = True
+            self._news.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            for path, regions in self._files:
+                self._hashes[path.name] = self._follow(path, regions)
+                if self._stopped:
+                    return
+        except OSError as error:
+            self._error = error
+
+    def _follow(self, path: Path, regions: list[tuple[str, int, int]]) -> str:
+        digest, at = hashlib.sha256(), 0
+        buffer = memoryview(bytearray(_STEP))
+        with open(path, "rb", buffering=0) as file:
+            end = os.fstat(file.fileno()).st_size
+            for tensor, begin, stop in [*regions, ("", end, end)]:
+                with self._news:
+                    self._news.wait_for(lambda tensor=tensor: self._stopped or not tensor or tensor in self._done)
+                    if self._stopped:
+                        return ""
+                # A tensor that is finished, and what lies before it: the header, or the tensors hashed last.
+                while at < max(begin, stop):
+                    count = os.preadv(file.fileno(), [buffer[: max(begin, stop) - at]], at)
+                    if not count:
+                        raise OSError(5, "became shorter", str(path))
+                    digest.update(buffer[:count])
+                    at += count
+        return digest.hexdigest()

@@ -1,0 +1,56 @@
+"""A piece of work as numbers in memory: what compiled loops and Python both read. No torch, no numba.
+
+A job is [HEAD + SIDE·K] integers (what the piece is, then what is said of each expert) beside [3K + 4] float32 numbers.
+"""
+
+from __future__ import annotations
+
+F32, BF16 = 0, 1
+CODES = {"F32": F32, "BF16": BF16}
+"""Storage types that the loops read and write; others go the way of torch."""
+
+MODELS, DELTAS = 0, 1
+"""What is merged: weights, or task vectors."""
+NOTHING, CUT, DROP, MASKED, CONSENSUS, SPREAD, AGREE = range(7)
+"""What is done to each task vector."""
+SUM, ELECT, SCE = range(3)
+"""How they are combined."""
+
+ENTRIES, EXPERTS, SOURCE, BASE_CODE, BASE_ADDRESS, OUT_CODE, OUT_ADDRESS, SCRATCH = range(8)
+SPARSIFY, COMBINE, WEIGH, NORMALIZE, ZERO_IS_POSITIVE, SCALE, ON_BASE, POSITION = range(8, 16)
+DIVIDE, RESCALE, VOTES, WIDTH, DOUBLES = range(16, 21)
+HEAD = 24
+
+CODE, ADDRESS, LOW, HIGH, EQUAL, QUOTA, EQUAL_TOP, QUOTA_TOP, KEY = range(9)
+BITS, FOUND_AT, ROOM, FOUND, ABOVE = range(11, 16)
+SIDE = 16
+"""Per expert: its type and address; the cut kept and the one dropped at the top; the key of its draws (3 places);
+packed bits; where candidates go, how many fit, how many there are, and how many lie above."""
+
+WEIGHTS, DENSITIES, FACTORS, SCALARS = range(4)
+"""Numbers: a row of K each for the first three, then DIVISOR, LAMBDA, LEAST, MU."""
+DIVISOR, LAMBDA, LEAST, MU = range(4)
+
+TOP = (1 << 31) - 1
+"""Above the bits of every float: an upper cut that drops nothing."""
+
+ABSOLUTE, SQUARE = 0, 1
+"""What `norms` adds up (in VOTES)."""
+
+CHUNK = 2048
+"""Entries that are worked on at once: with 8 experts 80 KB, inside the second cache."""
+
+
+def scratch_bytes(experts: int) -> int:
+    """Memory the loops work in: the base's chunk, one for each expert, four to spare."""
+    return 4 * CHUNK * (experts + 5)
+
+
+def bins_of(width: int) -> int:
+    """Into how many ranges a row's magnitudes are sorted before those that need it are ranked exactly."""
+    return max(64, min(4096, width // 2))
+
+
+def prune_bytes(width: int, entries: int) -> int:
+    """Memory that `prune` works in: two rows, draws, bins and their chances, and a byte an entry."""
+    return 12 * width + 24 * bins_of(width) + entries + 128

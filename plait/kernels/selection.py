@@ -1,0 +1,206 @@
+"""The k-th largest magnitude, exactly, in one pass: a sample says about where it is, a tally settles it.
+
+The sample gives bounds that hold the wanted magnitude almost surely. One pass counts what lies above them and keeps
+what lies between, a few per cent; the answer is among those, or the counts show that it is not, and the bounds are
+widened. The cuts are those of `plait.methods.select`, whatever the sample was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from plait.kernels.fused import Fused
+from plait.kernels.job import TOP
+from plait.lazy import np
+from plait.methods.stream import Piece
+
+SMALL = 1 << 16
+"""Entries up to which everything is kept between the bounds."""
+_SPAN = 1024
+_SAMPLE = 32
+"""Runs of _SPAN entries that are looked at beforehand."""
+_TRIES = (5.0, 0.0, 40.0)
+"""Standard errors of the sample's ranks between the bounds. With none it is one magnitude, which very many share."""
+KEPT = 1 << 25
+"""Bytes of candidates that one tensor may keep."""
+
+
+@dataclass
+class Tally:
+    """What one row of a tensor has above the bounds, and between them."""
+
+    above: int
+    low: int
+    inside: np.ndarray
+    """Bits, in the order of positions; empty where all are `low`."""
+    ends: list[int]
+    """How many there are up to the end of each piece."""
+
+
+def largest(fused: Fused, counts: Sequence[Sequence[int]], make: Any, trivial: Any) -> list[list[Any]] | None:
+    """The cuts of `select.largest` (made by `make` and `trivial`), or None where two tries found none."""
+    numel, rows = fused.block.grid.numel, fused.rows
+    sizes = None if numel <= SMALL else np.sort(sample(fused, _SAMPLE), axis=1)
+    result: list[list[Any]] = [[] for _ in range(rows)]
+    for wanted in zip(*counts, strict=True):
+        cuts: list[Any] | None = None
+        for sure in _TRIES:
+            bounds = [
+                (TOP, TOP) if not 0 < count < numel  # nothing to look for
+                else (0, TOP - 1) if sizes is None else between(row, count / numel, sure)
+                for count, row in zip(wanted, sizes if sizes is not None else [None] * rows, strict=True)
+            ]  # fmt: skip
+            tallies = tally(fused, bounds, [_room(numel, rows, sizes is None, sure)] * rows)
+            if tallies is None:
+                continue
+            cuts = [settle(t, count, numel, make, trivial) for t, count in zip(tallies, wanted, strict=True)]
+            if None not in cuts:
+                break
+        if cuts is None or None in cuts:
+            return None
+        for row, cut in zip(result, cuts, strict=True):
+            row.append(cut)
+    return result
+
+
+def _room(numel: int, rows: int, everything: bool, sure: float) -> int:
+    """Candidates of one row that fit."""
+    share = 1.0 if everything else 0.03 * sure
+    return min(int(share * numel), KEPT // (4 * rows)) + 16
+
+
+def sample(fused: Fused, spans: int) -> np.ndarray:
+    """[rows, n] bits of magnitudes of evenly spaced runs of the tensor."""
+    assert fused.block.raw is not None
+    worker, numel = fused.block.raw.worker, fused.block.grid.numel
+    width = min(_SPAN, numel)
+    starts = [i * (numel - width) // max(spans - 1, 1) for i in range(spans)]
+    return np.concatenate([worker.magnitudes(fused, Piece(0, start, start + width)).copy() for start in starts], axis=1)
+
+
+def between(row: np.ndarray, share: float, sure: float, runs: float = 1.0) -> tuple[int, int]:
+    """Bounds that the magnitude below the `share` largest lies between, by a sorted sample."""
+    size = len(row)
+    slack = sure * runs * math.sqrt(size * share * (1 - share)) + (2 if sure else 0)
+    low, high = math.floor(size * (1 - share) - slack), math.floor(size * (1 - share) + slack)
+    return (0 if low < 0 else int(row[low])), (TOP - 1 if high >= size else int(row[high]))
+
+
+def tally(fused: Fused, bounds: Sequence[tuple[int, int]], rooms: Sequence[int]) -> list[Tally] | None:
+    """One pass over a tensor; None where the candidates do not fit."""
+    assert fused.block.raw is not None
+    kept = [np.empty(room, dtype=np.uint32) for room in rooms]
+    found, above = [0] * len(rooms), [0] * len(rooms)
+    ends: list[list[int]] = [[] for _ in rooms]
+    for piece in fused.block.grid:
+        parts = fused.block.raw.worker.tally(fused, piece, bounds, kept, found)
+        above = [a + b for a, b in zip(above, parts, strict=True)]
+        if any(c > room and low < high for c, room, (low, high) in zip(found, rooms, bounds, strict=True)):
+            return None
+        for row, count in zip(ends, found, strict=True):
+            row.append(count)
+    stored = [row[: 0 if low == high else f].copy() for row, f, (low, high) in zip(kept, found, bounds, strict=True)]
+    return [Tally(*each) for each in zip(above, [low for low, _ in bounds], stored, ends, strict=True)]
+
+
+def settle(found: Tally, count: int, numel: int, make: Any, trivial: Any) -> Any:
+    """The cut that keeps `count`, or None when the bounds missed it."""
+    if not 0 < count < numel:
+        return trivial(count)
+    located = locate([found], count - found.above)
+    if located is None:
+        return None
+    bits, quota, equals = located
+    return make(bits, quota, equals, [] if quota >= equals else before(found, bits))
+
+
+def locate(tallies: Sequence[Tally], wanted: int) -> tuple[int, int, int] | None:
+    """(bits, quota, equals) of the `wanted`-th largest of all these candidates, or None when there are fewer."""
+    whole = np.concatenate([tally.inside for tally in tallies])
+    alike = sum(tally.ends[-1] for tally in tallies if tally.ends) if not len(whole) else 0
+    if 0 < wanted <= alike:
+        return tallies[0].low, wanted, alike
+    if not 0 < wanted <= len(whole):
+        return None
+    bits = int(np.partition(whole, len(whole) - wanted)[len(whole) - wanted])
+    return bits, wanted - int(np.count_nonzero(whole > bits)), int(np.count_nonzero(whole == bits))
+
+
+def before(found: Tally, bits: int) -> list[int]:
+    """For each piece, how many entries that equal a cut come earlier; one more than pieces, the total."""
+    if not len(found.inside):
+        return [0, *found.ends]
+    running = np.concatenate([[0], np.cumsum(found.inside == bits)])
+    return [0, *(int(running[end]) for end in found.ends)]
+
+
+# The same over all tensors of a model.
+
+_MODEL_SAMPLE = 1 << 20
+"""Entries of each expert that are looked at beforehand."""
+_MODEL_SLACK = 2.0
+"""How much further apart the bounds are than for entries drawn one by one: runs of neighbours are alike."""
+_MODEL_KEPT = 1 << 28
+"""Bytes of candidates, of all experts together, that are expected at most; beyond it histograms take over."""
+
+
+@dataclass
+class Sample:
+    """Magnitudes of one tensor, and how many entries each of them stands for."""
+
+    sizes: np.ndarray
+    weight: float
+
+
+def rate_of(numel: int) -> int:
+    """Of how many entries one is looked at."""
+    return max(1, numel // _MODEL_SAMPLE)
+
+
+def sample_of(block: Any, rate: int) -> Sample | None:
+    """About every `rate`-th entry of a block, in runs; None where the loops cannot read it."""
+    fused, numel = block.deltas.fused, block.grid.numel
+    if fused is None:
+        return None
+    if not numel:
+        return Sample(np.empty((len(block.tasks), 0), dtype=np.uint32), 0.0)
+    sizes = sample(fused, max(1, round(numel / rate / _SPAN)))
+    return Sample(sizes, numel / sizes.shape[1])
+
+
+def bounds_of(samples: Sequence[Sample], counts: Sequence[int], numel: int) -> list[tuple[int, int]]:
+    """Per expert, between which bits the wanted magnitude lies."""
+    weights = np.concatenate([np.full(each.sizes.shape[1], each.weight) for each in samples])
+    bounds = []
+    for k, count in enumerate(counts):
+        if not 0 < count < numel:
+            bounds.append((TOP, TOP))
+            continue
+        sizes = np.concatenate([each.sizes[k] for each in samples])
+        order = np.argsort(sizes)
+        share = np.cumsum(weights[order]) / numel  # of entries up to this magnitude
+        slack = _TRIES[0] * _MODEL_SLACK * math.sqrt(count / numel * (1 - count / numel) / len(sizes))
+        low = int(np.searchsorted(share, 1 - count / numel - slack))
+        high = int(np.searchsorted(share, 1 - count / numel + slack))
+        bounds.append((
+            0 if 1 - count / numel < slack else int(sizes[order[min(low, len(order) - 1)]]),
+            TOP - 1 if high >= len(order) else int(sizes[order[high]]),
+        ))  # fmt: skip
+    return bounds
+
+
+def fits(numel: int, tasks: int) -> bool:
+    """Whether a model's candidates can be kept in memory, at the worst density."""
+    share = _TRIES[0] * _MODEL_SLACK / math.sqrt(_MODEL_SAMPLE)
+    return numel <= _MODEL_SAMPLE or 4 * tasks * numel * share <= _MODEL_KEPT
+
+
+def tally_of(block: Any, bounds: Sequence[tuple[int, int]]) -> list[Tally] | None:
+    """One pass over a block; None where the candidates do not fit."""
+    if not block.grid.numel:
+        return []
+    room = min(block.grid.numel, _MODEL_KEPT // (4 * len(bounds))) + 16
+    return tally(block.deltas.fused, bounds, [room] * len(bounds))

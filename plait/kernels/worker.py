@@ -1,0 +1,173 @@
+"""One thread's way to the compiled loops: its buffers, filled anew for every piece."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from plait.errors import CheckpointError
+from plait.kernels import job as J
+from plait.kernels.fused import Fused, Stored
+from plait.kernels.native import Loops
+from plait.lazy import np
+from plait.methods.draws import key_of
+from plait.methods.stream import Piece
+
+
+class Worker:
+    """Buffers of one thread. Nothing here may be used by two threads at once."""
+
+    def __init__(self, loops: Loops) -> None:
+        self.loops = loops
+        self._buffers: dict[str, np.ndarray] = {}
+        self._job = np.zeros(0, dtype=np.int64)
+        self._numbers = np.zeros(0, dtype=np.float32)
+
+    def merge(self, fused: Fused, piece: Piece) -> memoryview:
+        """The bytes of a piece of the output; valid until the next call."""
+        assert fused.block.raw is not None
+        width = 2 if fused.block.raw.out == J.BF16 else 4
+        out = self._buffer("out", piece.numel * width)
+        self._fill(fused, piece)
+        self._job[J.OUT_CODE], self._job[J.OUT_ADDRESS] = fused.block.raw.out, out.ctypes.data
+        self._call(self.loops.merge, fused, piece)
+        return out.data
+
+    def magnitudes(self, fused: Fused, piece: Piece) -> np.ndarray:
+        """[rows, n] bits of the magnitudes (of the variances, for `spread`), as integers; valid until the next call."""
+        out = self._buffer("sizes", 4 * fused.rows * piece.numel).view(np.uint32)
+        self._fill(fused, piece)
+        self._job[J.OUT_ADDRESS] = out.ctypes.data
+        self._call(self.loops.magnitudes, fused, piece)
+        return out.reshape(fused.rows, -1)
+
+    def tally(
+        self,
+        fused: Fused,
+        piece: Piece,
+        bounds: Sequence[tuple[int, int]],
+        rooms: Sequence[np.ndarray],
+        found: list[int],
+    ) -> list[int]:
+        """How many magnitudes of each row lie above the upper bound.
+
+        Those between the bounds go to the row's room, after the `found` that are there; `found` is brought up to date,
+        and is larger than the room where they did not fit.
+        """
+        self._fill(fused, piece)
+        sides = self._sides(fused)[: fused.rows]
+        for side, (low, high), room, count in zip(sides, bounds, rooms, found, strict=True):
+            side[J.LOW], side[J.HIGH] = low, high
+            side[J.FOUND_AT], side[J.ROOM], side[J.FOUND], side[J.ABOVE] = room.ctypes.data, len(room), count, 0
+        self._call(self.loops.tally, fused, piece)
+        found[:] = sides[:, J.FOUND].tolist()
+        return sides[:, J.ABOVE].tolist()
+
+    def votes(self, fused: Fused, piece: Piece) -> int:
+        """Entries whose sum over the experts is positive, less those where it is negative."""
+        self._fill(fused, piece)
+        self._job[J.VOTES] = 0
+        self._call(self.loops.votes, fused, piece)
+        return int(self._job[J.VOTES])
+
+    def norms(self, fused: Fused, what: int) -> list[float]:
+        """Per expert Σ |v| or Σ v² over the tensor, in the order of `plait.methods.sums`."""
+        totals = [0.0] * len(fused.block.tasks)
+        doubles = np.zeros(len(totals), dtype=np.float64)
+        for piece in fused.block.grid:
+            self._fill(fused, piece)
+            self._job[J.VOTES], self._job[J.DOUBLES] = what, doubles.ctypes.data
+            self._call(self.loops.norms, fused, piece)
+            totals = [total + part for total, part in zip(totals, doubles.tolist(), strict=True)]
+        return totals
+
+    def prune(self, fused: Fused, width: int, densities: Sequence[float], epsilons: Sequence[float]) -> list[Any]:
+        """Per piece [K, bytes]: the packed masks of DELLA; `width`: entries of a row."""
+        chances = np.array([*(d - e for d, e in zip(densities, epsilons, strict=True)), *epsilons], dtype=np.float64)
+        masks = []
+        for piece in fused.block.grid:
+            packed = np.zeros((len(densities), -(-piece.numel // 8)), dtype=np.uint8)
+            self._fill(fused, piece)
+            scratch = self._buffer("scratch", J.prune_bytes(width, piece.numel))
+            self._job[J.SCRATCH], self._job[J.WIDTH] = scratch.ctypes.data, width
+            self._job[J.DOUBLES] = chances.ctypes.data
+            for k, (side, density) in enumerate(zip(self._sides(fused), densities, strict=True)):
+                side[J.BITS] = packed[k].ctypes.data if density < 1 else 0
+                self._key(fused, side, k)
+            self._call(self.loops.prune, fused, piece)
+            masks.append(packed)
+        return masks
+
+    def _call(self, entry: Any, fused: Fused, piece: Piece) -> None:
+        if entry(self._job.ctypes.data, self._numbers.ctypes.data):
+            for read in (*fused.block.read_models, fused.block.read_base):
+                if read is not None:
+                    read(piece)  # the slow way, which says what is wrong, and where
+            raise CheckpointError(f"'{fused.block.name}': holds a number that is not finite; get the checkpoint again")
+
+    def _buffer(self, name: str, size: int) -> np.ndarray:
+        """`size` bytes that are kept for the next piece."""
+        held = self._buffers.get(name)
+        if held is None or len(held) < size:
+            held = self._buffers[name] = np.empty(size, dtype=np.uint8)
+        return held[:size]
+
+    def _sides(self, fused: Fused) -> np.ndarray:
+        count = len(fused.block.tasks)
+        return self._job[J.HEAD : J.HEAD + J.SIDE * count].reshape(count, J.SIDE)
+
+    def _read(self, name: str, stored: Stored, piece: Piece) -> int:
+        """Address of a buffer with the stored bytes of a piece."""
+        buffer = self._buffer(name, stored.width * piece.numel)
+        stored.read(piece.start, buffer.data)
+        return buffer.ctypes.data
+
+    def _fill(self, fused: Fused, piece: Piece) -> None:
+        """Read the inputs of a piece and say everything about it in the job."""
+        raw, count = fused.block.raw, len(fused.block.tasks)
+        assert raw is not None
+        if len(self._job) != J.HEAD + J.SIDE * count:
+            self._job = np.zeros(J.HEAD + J.SIDE * count, dtype=np.int64)
+            self._numbers = np.zeros(3 * count + 4, dtype=np.float32)
+        job, numbers = self._job, self._numbers
+        job[:] = 0
+        job[J.ENTRIES], job[J.EXPERTS], job[J.SOURCE], job[J.POSITION] = piece.numel, count, fused.source, piece.start
+        if raw.base is not None and (fused.source == J.DELTAS or fused.on_base):
+            job[J.BASE_CODE], job[J.BASE_ADDRESS] = raw.base.code, self._read("base", raw.base, piece)
+        job[J.SCRATCH] = self._buffer("scratch", J.scratch_bytes(count)).ctypes.data
+        job[J.SPARSIFY], job[J.COMBINE] = fused.sparsify, fused.combine or J.SUM
+        job[J.DIVIDE], job[J.RESCALE], job[J.VOTES] = fused.divide, bool(fused.factors), fused.votes
+        weights = fused.weights or [1.0] * count
+        job[J.WEIGH] = any(weight != 1 for weight in weights)
+        job[J.NORMALIZE], job[J.ZERO_IS_POSITIVE] = fused.normalize, fused.zero_is_positive
+        job[J.SCALE], job[J.ON_BASE] = fused.scale is not None, fused.on_base
+        numbers[:count] = weights
+        if fused.densities:
+            numbers[count : 2 * count] = fused.densities
+        if fused.factors:
+            numbers[2 * count : 3 * count] = fused.factors
+        numbers[3 * count :] = (fused.divisor, 1.0 if fused.scale is None else fused.scale, 1e-6, fused.mu)
+        for k, (side, model) in enumerate(zip(self._sides(fused), raw.models, strict=True)):
+            side[J.CODE], side[J.ADDRESS] = model.code, self._read(f"expert {k}", model, piece)
+            side[J.EQUAL] = side[J.EQUAL_TOP] = -1
+            side[J.HIGH] = J.TOP
+            if fused.sparsify == J.DROP:
+                self._key(fused, side, k)
+            elif fused.sparsify == J.MASKED:
+                side[J.BITS] = fused.masks[piece.index][k].ctypes.data if fused.masked[k] else 0
+        for side, cuts in zip(self._sides(fused), fused.cuts, strict=False):
+            *top, bottom = cuts
+            side[J.LOW], side[J.EQUAL], side[J.QUOTA] = _edge(bottom, piece)
+            for cut in top:
+                side[J.HIGH], side[J.EQUAL_TOP], side[J.QUOTA_TOP] = _edge(cut, piece)
+                if side[J.EQUAL_TOP] >= 0:  # what equals the upper cut was dealt with; the rest of it stays
+                    side[J.HIGH] += 1
+
+    def _key(self, fused: Fused, side: np.ndarray, k: int) -> None:
+        side[J.KEY : J.KEY + 3] = key_of(fused.block.seed, fused.block.name, fused.block.tasks[k])
+
+
+def _edge(cut: Any, piece: Piece) -> tuple[int, int, int]:
+    """A cut in one piece: the least bits kept; which bits are kept only in part (−1: none), and how many of them."""
+    least = cut.least(piece)
+    return (least, -1, 0) if least is not None else (cut.bits, cut.bits, cut.quota - cut.before[piece.index])
