@@ -1,10 +1,11 @@
-# make setup | demo | test | suite | lint | experts | bench. Everything is installed into .venv here.
+# make setup | demo | test | ray | suite | lint | experts | bench. Everything is installed into .venv here.
 VENV := .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 READY := $(VENV)/.ready
+READY_RAY := $(VENV)/.ready-ray
 
-.PHONY: setup demo test suite lint experts bench clean
+.PHONY: setup demo test ray suite lint experts bench clean
 
 setup: $(READY)
 
@@ -21,6 +22,14 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest
+
+# Merges on a Ray cluster of this machine: two workers, one of which is killed. Ray is no part of `make test`.
+ray: $(READY_RAY)
+	$(PY) -m pytest tests/test_ray.py
+
+$(READY_RAY): $(READY)
+	$(PY) -m pip install --quiet -c constraints.txt -e ".[ray]"
+	touch $(READY_RAY)
 
 # Builds the two main suites in the user's cache (PLAIT_CACHE says where), then measures the plain methods on both.
 suite: setup

@@ -101,18 +101,21 @@ def merge(
         Path | None, typer.Option(help="What `plait fit` learned; without it a method that learns is fitted first.")
     ] = None,
     data: Data = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: on a cluster (pip install 'plait\\[ray]').")] = "local",
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster; without it, one of this machine.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Json = False,
 ) -> None:
     """Merge: as a recipe file says, or with --method, --base and --expert. Interrupted merges go on where they were."""
     from plait import progress, run, show
+    from plait.engine import keep_freed_memory
 
-    run.keep_freed_memory()
+    keep_freed_memory()
     recipe, out = _recipe_and_out(where, method, base, expert, settings, dtype, seed, data)
     with progress.shown(quiet or as_json) as shown:
         merged = run.merge(
             recipe, out, memory=memory, threads=threads, device=device, shard_size=shard_size, overwrite=overwrite,
-            state=state, progress=shown,
+            state=state, engine=engine, address=address, progress=shown,
         )  # fmt: skip
     show.emit(show.merged_data(merged), as_json, lambda: show.merged_text(merged))
 

@@ -26,4 +26,7 @@ else:
             self.__dict__.update(vars(module))  # from now on a look-up costs what the module's own does
             return getattr(module, name)
 
+        def __reduce__(self) -> Any:
+            return importlib.import_module, (self.__name__,)  # by name, as modules are, in closures that are sent
+
     np, torch = _Lazy("numpy"), _Lazy("torch")

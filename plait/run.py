@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -68,6 +68,8 @@ def merge(
     shard_size: int | str = "5GB",
     overwrite: bool = False,
     state: str | os.PathLike[str] | None = None,
+    engine: str = "local",
+    address: str | None = None,
     progress: Progress | None = None,
 ) -> Merged:
     """Merge as the recipe says and write the model to folder `out`, whole or not at all.
@@ -75,14 +77,16 @@ def merge(
     `memory` bounds the buffers of the merge (inputs are read by span and not counted); `threads` defaults to the
     processors this process may use. Neither changes a byte of the result. An interrupted merge goes on where it was
     when called again. A method that learns takes `state`, the folder of a fit; without one it is fitted first, from
-    the recipe's `data`, and the state is left in `out`/state. Raises RecipeError, CheckpointError, MachineError.
+    the recipe's `data`, and the state is left in `out`/state. With `engine="ray"` the jobs run on the Ray cluster at
+    `address`, to the same bytes (docs/ray.md); `memory` is then each worker's. Raises RecipeError, CheckpointError,
+    MachineError.
     """
     plan = make_plan(load_recipe(recipe))
     try:
         return run(
             plan, Path(out), memory=parse_bytes(memory, "memory"), threads=threads or usable_threads(), device=device,
             shard_size=parse_bytes(shard_size, "shard_size"), overwrite=overwrite, state=state,
-            progress=progress or Silent(),
+            kind=engine, address=address, progress=progress or Silent(),
         )  # fmt: skip
     finally:
         plan.library.close()
@@ -131,10 +135,32 @@ def run(
     overwrite: bool,
     progress: Progress,
     state: str | os.PathLike[str] | None = None,
+    kind: str = "local",
+    address: str | None = None,
 ) -> Merged:
-    """Carry out a plan."""
+    """Carry out a plan, on an engine of this kind."""
     refuse_impossible(plan, out, memory)
-    engine = Engine(threads=threads, memory=memory, device=device, progress=progress)
+    with _engine(plan, kind, address, threads=threads, memory=memory, device=device, progress=progress) as engine:
+        return _carry_out(plan, out, engine, shard_size=shard_size, overwrite=overwrite, state=state)
+
+
+@contextmanager
+def _engine(plan: Plan, kind: str, address: str | None, **given: Any) -> Iterator[Engine]:
+    if kind == "local" and address is None:
+        yield Engine(**given)
+        return
+    if kind != "ray":
+        what = f"--engine {kind}: must be local or ray" if kind != "local" else "--address: goes with --engine ray"
+        raise RecipeError(what)
+    from plait.engine_ray import RayEngine
+
+    with closing(RayEngine(plan, address, **given)) as engine:
+        yield engine
+
+
+def _carry_out(
+    plan: Plan, out: Path, engine: Engine, *, shard_size: int, overwrite: bool, state: str | os.PathLike[str] | None
+) -> Merged:
     if out.exists() and not overwrite:  # said before a fit, not after it
         raise RecipeError(f"{out}: exists already; choose another folder, or add --overwrite to replace it")
     learned = learned_state(plan, out, engine, state)
@@ -142,7 +168,8 @@ def run(
         return _run_routed(plan, out, engine, learned, overwrite)
     shards = lay_out([tensor.spec for tensor in plan.tensors], shard_size, {"format": "pt"})
     key = _resume_key(plan, shards, learned)
-    with FolderWriter(out, key, shards, overwrite=overwrite, follow=threads > 1) as writer:
+    follow = engine.here and engine.threads > 1
+    with FolderWriter(out, key, shards, overwrite=overwrite, follow=follow) as writer:
         resumed = len(writer.done)
         todo = [tensor for tensor in plan.tensors if tensor.name not in writer.done]
         explain = plan.method.explain
@@ -237,18 +264,6 @@ def refuse_impossible(plan: Plan, out: Path, memory: int) -> None:
             f"--memory {show_bytes(memory)} is too little: {plan.method.name} needs whole rows, or all, of '{name}', "
             f"so at least --memory {-(-need // 10**6)}MB"
         )
-
-
-def keep_freed_memory() -> None:
-    """Tell the C library not to hand every freed buffer back: pieces are allocated and freed without end.
-
-    Saves almost a quarter of the time of TIES (docs/LOG.md). It changes the whole process: for the command line only.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc
-    if mallopt is not None:
-        trim_threshold, mmap_threshold, never = -1, -3, 1 << 30
-        mallopt(trim_threshold, never)
-        mallopt(mmap_threshold, never)
 
 
 def provenance(

@@ -38,7 +38,7 @@ ORDER = [
     "sources.base", "sources.files", "sources.folder", "sources.adapter_config", "sources.adapter_keys", "sources.hub",
     "sources.safetensors", "sources.torchfile", "sources.adapter", "sources.remapped", "sources",
     "writer", "state", "tokens", "names", "layers", "renames", "experts", "vocabulary", "layout", "decide", "plan",
-    "engine", "suites.definition", "suites.places", "suites.data",
+    "engine", "engine_ray", "suites.definition", "suites.places", "suites.data",
     "models.families", "models.quiet",
     "routing.packing", "routing.stores", "routing.mixing", "routing.layers", "routing.routers", "routing.layout",
     "routing.skeleton", "routing.model", "routing.files", "routing.auto", "routing.experts", "routing.build", "routing",
