@@ -163,7 +163,7 @@ def load_recipe(
         # Through JSON, so that whatever a program hands over is plain data and nothing else.
         try:
             located = Located(json.loads(json.dumps({**(defaults or {}), **source})))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise RecipeError(f"the recipe must be plain data (texts, numbers, lists, mappings): {error}") from None
         return _validate(located, Path.cwd())
     path = Path(source)

@@ -70,7 +70,7 @@ class Layout:
                 str(data["method"]), kind, str(data["architecture"]), tasks, router, layers,
                 [[str(layer) for layer in group] for group in data["groups"]],
             )  # fmt: skip
-        except (KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError, ValueError):
             raise CheckpointError(f"{label}: config.json: its description of routed layers is damaged") from None
         if router.get("kind") not in ("layers", "features", "task", "subspace") or not tasks:
             raise CheckpointError(f"{label}: config.json: has a router of a kind that is not known")
@@ -85,7 +85,12 @@ def is_routed(config: Mapping[str, Any]) -> bool:
 
 def is_switched(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is a model's that must be told the task."""
-    return is_routed(config) and config.get("plait", {}).get("router", {}).get("kind") == "task"
+    for key in ("plait", "router"):
+        inner = config.get(key)
+        if not isinstance(inner, Mapping) or (key == "plait" and not is_routed(config)):
+            return False
+        config = inner
+    return config.get("kind") == "task"
 
 
 def dumped(config: Mapping[str, Any]) -> bytes:
