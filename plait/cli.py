@@ -99,6 +99,9 @@ def merge(
         Path | None, typer.Option(help="What `plait fit` learned; without it a method that learns is fitted first.")
     ] = None,
     data: Data = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Pass NaN and infinities through in their places, and say where.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -110,7 +113,7 @@ def merge(
     with progress.shown(quiet or as_json) as shown:
         merged = run.merge(
             recipe, out, memory=memory, threads=threads, device=device, shard_size=shard_size, overwrite=overwrite,
-            state=state, progress=shown,
+            state=state, allow_nonfinite=allow_nonfinite, progress=shown,
         )  # fmt: skip
     show.emit(show.merged_data(merged), as_json, lambda: show.merged_text(merged))
 

@@ -22,6 +22,7 @@ from plait.experts import Input
 from plait.methods.block import Block, Reader, as_float
 from plait.methods.contract import MergeMethod
 from plait.methods.stream import GRAIN, Grid, Piece
+from plait.nonfinite import put_back, set_apart
 from plait.writer import FolderWriter
 
 R = TypeVar("R")
@@ -46,8 +47,12 @@ class Progress(Protocol):
 class Engine:
     """Threads, a memory budget, and a device."""
 
-    def __init__(self, *, threads: int, memory: int, device: str, progress: Progress) -> None:
+    def __init__(
+        self, *, threads: int, memory: int, device: str, progress: Progress, allow_nonfinite: bool = False
+    ) -> None:
         self.threads, self.memory, self.progress = threads, memory, progress
+        self.check = _as_they_are if allow_nonfinite else finite
+        self.allow_nonfinite = allow_nonfinite
         try:
             self.device = torch.device(device)
         except RuntimeError:
@@ -120,7 +125,7 @@ class Engine:
     def block(self, tensor: TensorPlan, seed: int, state: Any = None, learned: Any = None) -> Block:
         """The block of one merged tensor, reading from its sources."""
         readers = [self._reader(item, tensor, tensor.base) for item in tensor.inputs]
-        return Block(
+        block = Block(
             name=tensor.key,
             shape=tensor.shape,
             tasks=tuple(item.model for item in tensor.inputs),
@@ -133,6 +138,7 @@ class Engine:
             state=state,
             learned=learned,
         )
+        return set_apart(block) if self.allow_nonfinite else block
 
     def _reader(self, item: Input, tensor: TensorPlan, base: Input | None) -> tuple[Reader, Reader | None]:
         """Readers of the whole tensor, and of its task vector where the base is what the adapter sits on."""
@@ -145,10 +151,10 @@ class Engine:
             else:
                 assert item.under is not None
                 values = as_float(item.under.read(piece.start, piece.stop)) + item.task_vector(piece.start, piece.stop)
-            return finite(values, item, tensor, piece).to(self.device)
+            return self.check(values, item, tensor, piece).to(self.device)
 
         def stored(piece: Piece) -> torch.Tensor:
-            return finite(item.task_vector(piece.start, piece.stop), item, tensor, piece).to(self.device)
+            return self.check(item.task_vector(piece.start, piece.stop), item, tensor, piece).to(self.device)
 
         under = item.under
         on_base = under is not None and base is not None and under.source is base.source and under.stored == base.stored
@@ -164,6 +170,8 @@ class Engine:
                 raise MachineError(
                     f"'{tensor.name}': merged values exceed float16 (65504); set out_dtype: bfloat16 or float32"
                 )
+            if block.lost is not None:
+                values = put_back(values, block.lost(piece))
             writer.write(name, piece.start * width, _bytes(values))
             self.progress.advance(int(piece.numel * share))
 
@@ -241,6 +249,10 @@ class _Surveyed:
 
         self.each(add)
         return held[0] if held else torch.zeros(())
+
+
+def _as_they_are(values: torch.Tensor, *_: Any) -> torch.Tensor:
+    return values
 
 
 def finite(values: torch.Tensor, item: Input, tensor: TensorPlan, piece: Piece) -> torch.Tensor:

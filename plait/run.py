@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from plait.card import model_card
+from plait.decide import TensorPlan
 from plait.engine import Engine, Progress
 from plait.errors import MachineError, RecipeError
 from plait.headfiles import head_files
+from plait.nonfinite import count, sentences
 from plait.plan import Plan, make_plan
 from plait.recipe import Recipe, load_recipe
 from plait.sidefiles import side_files
@@ -68,6 +70,7 @@ def merge(
     shard_size: int | str = "5GB",
     overwrite: bool = False,
     state: str | os.PathLike[str] | None = None,
+    allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> Merged:
     """Merge as the recipe says and write the model to folder `out`, whole or not at all.
@@ -75,14 +78,15 @@ def merge(
     `memory` bounds the buffers of the merge (inputs are read by span and not counted); `threads` defaults to the
     processors this process may use. Neither changes a byte of the result. An interrupted merge goes on where it was
     when called again. A method that learns takes `state`, the folder of a fit; without one it is fitted first, from
-    the recipe's `data`, and the state is left in `out`/state. Raises RecipeError, CheckpointError, MachineError.
+    the recipe's `data`, and the state is left in `out`/state. An input with NaN or an infinity is refused, unless
+    `allow_nonfinite`: then the result is non-finite in exactly those places, and `notes` says in which tensors. Raises RecipeError, CheckpointError, MachineError.
     """
     plan = make_plan(load_recipe(recipe))
     try:
         return run(
             plan, Path(out), memory=parse_bytes(memory, "memory"), threads=threads or usable_threads(), device=device,
             shard_size=parse_bytes(shard_size, "shard_size"), overwrite=overwrite, state=state,
-            progress=progress or Silent(),
+            progress=progress or Silent(), allow_nonfinite=allow_nonfinite,
         )  # fmt: skip
     finally:
         plan.library.close()
@@ -131,10 +135,16 @@ def run(
     overwrite: bool,
     progress: Progress,
     state: str | os.PathLike[str] | None = None,
+    allow_nonfinite: bool = False,
 ) -> Merged:
     """Carry out a plan."""
     refuse_impossible(plan, out, memory)
-    engine = Engine(threads=threads, memory=memory, device=device, progress=progress)
+    if allow_nonfinite and (plan.method.learned is not None or plan.method.dynamic is not None):
+        raise RecipeError(
+            f"--allow-nonfinite: {plan.method.name} learns or routes, and would carry such entries everywhere; get the "
+            "checkpoint again, or merge by a method that does neither"
+        )
+    engine = Engine(threads=threads, memory=memory, device=device, progress=progress, allow_nonfinite=allow_nonfinite)
     if out.exists() and not overwrite:  # said before a fit, not after it
         raise RecipeError(f"{out}: exists already; choose another folder, or add --overwrite to replace it")
     learned = learned_state(plan, out, engine, state)
@@ -148,14 +158,28 @@ def run(
         surveyed = engine.survey(plan.method, plan.merged, plan.recipe.seed) if todo or explain else None
         told = explain(surveyed) if explain is not None and surveyed is not None else {}
         engine.merge(plan.method, todo, plan.recipe.seed, surveyed, writer, learned)
+        passed = nonfinite_counts(plan, engine)
         hashes = writer.hashes()
         if len(shards) > 1:
             writer.add_file("model.safetensors.index.json", index_of(shards, plan.bytes_out))
-        for name, content in {**head_files(plan, learned), **side_files(plan)}.items():
+        for name, content in {**head_files(plan, learned, allow_nonfinite), **side_files(plan)}.items():
             writer.add_file(name, content)
-        _finish(plan, writer, learned, provenance(plan, hashes, learned, told))
+        record = provenance(plan, hashes, learned, told)
+        _finish(plan, writer, learned, {**record, **({"nonfinite": passed} if passed else {})})
     _leave(plan, out, learned)
-    return Merged(out, plan, hashes, resumed, (*plan.notes, *told.get("notes", ())))
+    return Merged(out, plan, hashes, resumed, (*plan.notes, *told.get("notes", ()), *sentences(passed)))
+
+
+def nonfinite_counts(plan: Plan, engine: Engine) -> dict[str, int]:
+    """Merged tensor → entries that were passed through; counted by reading again, so that a resumed run says the same."""
+    if not engine.allow_nonfinite:
+        return {}
+
+    def job(tensor: TensorPlan) -> int:
+        return count(engine.block(tensor, plan.recipe.seed))
+
+    found = zip(plan.merged, engine.each(plan.merged, job), strict=True)
+    return {tensor.name: number for tensor, number in found if number}
 
 
 def _run_routed(plan: Plan, out: Path, engine: Engine, learned: State | None, overwrite: bool) -> Merged:

@@ -118,7 +118,9 @@ def plan_text(plan: Plan, budget: Budget, *, every: bool) -> None:
         style = {"merge": "", "copy": "dim"}[action]
         table.add_row(escape(name), str(len(members)), shape, action, reason, _brief(members, plan.method), style=style)
     for task, items in data["per_task"].items():
-        table.add_row(escape(", ".join(items)), str(len(items)), "", "kept", f"{task}'s own, in heads/", "", style="cyan")
+        table.add_row(
+            escape(", ".join(items)), str(len(items)), "", "kept", f"{task}'s own, in heads/", "", style="cyan"
+        )
     for name, why in data["refused"].items():
         table.add_row(escape(name), "1", "", "refused", escape(why), "", style="red")
     out.print(table)

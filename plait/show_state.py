@@ -60,7 +60,8 @@ def state_text(state: State) -> None:
     out.print(f"  fit: {escape(_settings(facts['fit']))}; seed {facts['seed']}", style="dim")
     for task, item in facts["data"].items():
         out.print(
-            f"  {escape(task)}: {item['inputs']} inputs of {escape(item['from'])} ({escape(facts['split'])})", style="dim"
+            f"  {escape(task)}: {item['inputs']} inputs of {escape(item['from'])} ({escape(facts['split'])})",
+            style="dim",
         )
     if summary.get("verdict"):
         out.print(f"[yellow]stopped:[/] {escape(summary['verdict'])}; kept step {summary['best_step']}")

@@ -55,7 +55,10 @@ class State:
 
     def coefficients(self, name: str) -> list[float]:
         """λ of every expert for one tensor of the model, in the order of the tasks."""
-        found, count = self.tensor(f"coefficients/{group_of(name, self.option('granularity'))}"), len(self.facts["tasks"])
+        found, count = (
+            self.tensor(f"coefficients/{group_of(name, self.option('granularity'))}"),
+            len(self.facts["tasks"]),
+        )
         if found is None:  # nothing of this granule could be learned: no expert changed it, or no input reaches it
             return [float(self.option("init"))] * count
         if found.shape != (count,) or not found.isfinite().all():

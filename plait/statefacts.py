@@ -70,7 +70,7 @@ class _Facts(BaseModel):
         for key, kind in {"granularity": str, "init": (int, float), "concrete": (int, float)}.items():
             if key in self.fit and not isinstance(self.fit[key], kind):
                 raise ValueError(f"fit.{key} is of the wrong kind")
-        if not float(self.fit.get("concrete") or 1) > 0:
+        if not float(self.fit.get("concrete", 1)) > 0:  # pyright: ignore[reportArgumentType]
             raise ValueError("fit.concrete must be above zero")
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class Located:
 
 def parse(text: str, source: str) -> Located:
     """Parse YAML (JSON is YAML). Only plain data: tags that name types or code are refused, as are repeated keys."""
+    if _brackets(text) > 8 * _MAX_DEPTH:  # PyYAML's time grows with the square of the open brackets
+        raise RecipeError(_TOO_DEEP.format(source=source))
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except RecursionError:
@@ -59,24 +62,37 @@ def parse(text: str, source: str) -> Located:
     return Located(data, source, lines)
 
 
+def _brackets(text: str) -> int:
+    """The most brackets that are open at once, those in texts and comments counted too."""
+    depth = deepest = 0
+    for mark in re.findall(r"[\[\]{}]", text):
+        depth = depth + 1 if mark in "[{" else max(depth - 1, 0)
+        deepest = max(deepest, depth)
+    return deepest
+
+
 def parse_file(path: Path) -> Located:
     """`parse` of a file, with sentences for one that is missing, too long, or not text."""
     try:
-        if path.stat().st_size > _MAX_BYTES:
+        with path.open("rb") as file:  # not by its size: a device has none
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
             raise RecipeError(f"{path}: larger than {_MAX_BYTES // 1024} kB: this is not a recipe")
-        return parse(path.read_text(encoding="utf-8"), str(path))
+        return parse(content.decode("utf-8"), str(path))
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file; `plait init` prints one to start from") from None
     except (UnicodeDecodeError, IsADirectoryError):
         raise RecipeError(f"{path}: not a text file; a recipe is YAML or JSON") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _build(node: yaml.Node, path: Path_, lines: dict[Path_, int], source: str, open_nodes: set[int]) -> Any:
     lines.setdefault(path, node.start_mark.line + 1)
     if len(lines) > _MAX_NODES:
-        raise RecipeError(f"{source}: holds more than {_MAX_NODES} values once its aliases are written out; remove them")
+        raise RecipeError(
+            f"{source}: holds more than {_MAX_NODES} values once its aliases are written out; remove them"
+        )
     if len(path) > _MAX_DEPTH:
         raise RecipeError(_TOO_DEEP.format(source=source))
     if id(node) in open_nodes:

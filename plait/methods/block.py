@@ -39,6 +39,8 @@ class Block:
     """What the method's survey of the whole model found, if it has one."""
     learned: Any = None
     """What was learned before, for methods that learn (`plait.state.State`)."""
+    lost: Reader | None = None
+    """What the readers hide because it is no finite number, zero elsewhere; None where nothing may be hidden."""
     _held: tuple[int, torch.Tensor] | None = field(default=None, repr=False)
 
     @classmethod

@@ -138,7 +138,11 @@ class Store:
         known = isinstance(kind, str) and kind in kinds and isinstance(precision, str) and precision in precisions
         sizes = (*shape, *ranks, *counts)
         fits = {"low_rank": len(ranks) == experts and len(shape) == 2, "pruned": len(counts) == experts}
-        if not known or not fits.get(kind, True) or any(type(size) is not int or not 0 <= size < 1 << 40 for size in sizes):
+        if (
+            not known
+            or not fits.get(kind, True)
+            or any(type(size) is not int or not 0 <= size < 1 << 40 for size in sizes)
+        ):
             raise CheckpointError(f"{where}: describes experts in a form that this version of Plait does not know")
         return cls(kind, shape, experts, precision, ranks, counts)
 

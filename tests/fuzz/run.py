@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -49,7 +50,8 @@ def main() -> None:
     for name in chosen:
         share = given.seconds / len(chosen)
         if given.guided:
-            broken += _child(name, share, given.seed)
+            cases, found = _child(name, share, given.seed)
+            total, broken = total + cases, broken + found
             continue
         cases, found, kept = loop(name, share, given.seed, given.cases)
         total, broken = total + cases, broken + found
@@ -111,10 +113,24 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (now + ROOM, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-def _child(name: str, seconds: float, seed: int) -> int:
+def _child(name: str, seconds: float, seed: int) -> tuple[int, int]:
     """One guided target: libFuzzer ends its process, so it has one of its own."""
     words = [sys.executable, str(HERE / "run.py"), "--guided", "--target", name, "--seconds", str(seconds)]
-    return int(subprocess.run([*words, "--seed", str(seed)], check=False).returncode != 0)
+    done = subprocess.run([*words, "--seed", str(seed)], capture_output=True, text=True, check=False)
+    found = re.findall(r"^BROKE .*\n.*", done.stdout, re.M)
+    runs, covered = re.findall(r"Done (\d+) runs", done.stderr), re.findall(r"cov: (\d+)", done.stderr)
+    if done.returncode or not runs:
+        print(done.stderr[-2000:])
+    print(
+        "\n".join(
+            [
+                *found,
+                f"{name:16} {int(runs[-1]) if runs else 0:9} cases  {covered[-1] if covered else 0:>4} edges  {len(found):3} broke",
+            ]
+        ),
+        flush=True,
+    )
+    return int(runs[-1]) if runs else 0, len(found) + int(done.returncode != 0)
 
 
 def _guided(name: str, seconds: float, seed: int) -> None:
@@ -145,7 +161,13 @@ def _guided(name: str, seconds: float, seed: int) -> None:
     def ours(data: bytes, most: int, seed: int) -> bytes:
         return mutate(data, random.Random(seed), pool)[:most] if seed % 2 else atheris.Mutate(data, most)
 
-    options = [f"-max_total_time={int(seconds)}", f"-seed={seed + 1}", "-rss_limit_mb=3000", "-max_len=20000", "-print_final_stats=1"]
+    options = [
+        f"-max_total_time={int(seconds)}",
+        f"-seed={seed + 1}",
+        "-rss_limit_mb=3000",
+        "-max_len=20000",
+        "-print_final_stats=1",
+    ]
     atheris.Setup([sys.argv[0], *options, str(corpus)], one, custom_mutator=ours)
     atheris.Fuzz()
 

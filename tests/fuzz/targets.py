@@ -162,7 +162,11 @@ def journal(data: bytes) -> None:
     assert writer._read_journal() <= {"a", "b", "c"}
 
 
-_NUMBERS = {"coefficients/all": torch.zeros(2), "mask/w": torch.zeros(3, dtype=torch.int8), "mask_scale/w": torch.ones(())}
+_NUMBERS = {
+    "coefficients/all": torch.zeros(2),
+    "mask/w": torch.zeros(3, dtype=torch.int8),
+    "mask_scale/w": torch.ones(()),
+}
 
 
 def state(data: bytes) -> None:
