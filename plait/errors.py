@@ -13,7 +13,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-
 _LONGEST = 4000
 """Characters of a message: it may quote what a stranger wrote, and nobody reads more."""
 
@@ -44,7 +43,7 @@ class MachineError(PlaitError):
 
 
 def printable(text: str) -> str:
-    """Foreign text for a terminal: what would move the cursor, hide or turn text is spelled out; so is a lone surrogate."""
+    """Foreign text for a terminal: what would move the cursor, hide or turn text is spelled out."""
     if len(text) > _LONGEST:
         text = text[:_LONGEST] + " …"
     if text.replace("\n", "").isprintable():

@@ -1,8 +1,8 @@
 """Entries that are no finite numbers, where they are to be passed through (`--allow-nonfinite`) and not refused.
 
 They are taken out before anything is computed and put back into the result: at a place where any input has one, every
-input reads as zero, so that no sum, norm or threshold sees it, and the merged entry there is the sum of what was taken out
-(NaN, or an infinity where all agree on its sign). So the result is non-finite exactly where an input is.
+input reads as zero, so that no sum, norm or threshold sees it, and the merged entry there is the sum of what was taken
+out (NaN, or an infinity where all agree on its sign). So the result is non-finite exactly where an input is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from plait.methods.stream import Piece
 
 
 def set_apart(block: Block) -> Block:
-    """The block with readers that give zero where any input is no number, and with `lost`, the sum of what they hide."""
+    """The block with readers that give zero where any input is no number, and with `lost`, the sum of those."""
     models, base = list(block.read_models), block.read_base
     deltas = list(block.read_deltas) or [None] * len(models)
     readers = [

@@ -79,7 +79,8 @@ def merge(
     processors this process may use. Neither changes a byte of the result. An interrupted merge goes on where it was
     when called again. A method that learns takes `state`, the folder of a fit; without one it is fitted first, from
     the recipe's `data`, and the state is left in `out`/state. An input with NaN or an infinity is refused, unless
-    `allow_nonfinite`: then the result is non-finite in exactly those places, and `notes` says in which tensors. Raises RecipeError, CheckpointError, MachineError.
+    `allow_nonfinite`: then the result is non-finite in exactly those places, and `notes` says in which tensors. Raises
+    RecipeError, CheckpointError, MachineError.
     """
     plan = make_plan(load_recipe(recipe))
     try:
@@ -171,7 +172,7 @@ def run(
 
 
 def nonfinite_counts(plan: Plan, engine: Engine) -> dict[str, int]:
-    """Merged tensor → entries that were passed through; counted by reading again, so that a resumed run says the same."""
+    """Merged tensor → entries that were passed through; counted anew, so that a resumed run says the same."""
     if not engine.allow_nonfinite:
         return {}
 

@@ -1,4 +1,4 @@
-"""The hostile corpus against every verb, in this process; `make hostile` does it in processes of their own, and measures."""
+"""The hostile corpus against every verb, in this process; `make hostile` gives each a process, and measures."""
 
 from __future__ import annotations
 

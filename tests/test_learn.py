@@ -420,7 +420,7 @@ class TestStates:
     def test_writing_twice_gives_the_same_bytes(self, tmp_path: Path) -> None:
         numbers = {"b": torch.arange(3.0), "a": torch.zeros(2, 2, dtype=torch.int8)}
         texts, maps = dict.fromkeys(("method", "paper", "sees", "split"), "x"), ("models", "vectors", "fit", "data")
-        facts = {**texts, **dict.fromkeys((*maps, "summary"), {}), "tasks": ["a"], "seed": 0}
+        facts = {**texts, **{key: {} for key in (*maps, "summary")}, "tasks": ["a"], "seed": 0}
         for name in ("one", "two"):
             write_state(tmp_path / name, facts, numbers, overwrite=False)
             numbers = dict(reversed(numbers.items()))

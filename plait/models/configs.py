@@ -1,7 +1,7 @@
-"""config.json and preprocessor_config.json are data from strangers, and transformers believes them: checked before it reads.
+"""config.json and preprocessor_config.json come from strangers, and transformers believes them: checked before that.
 
-What is refused: pointers to code on a hub, and sizes that the weights do not bear out, for which transformers would take
-memory before anything is seen to be wrong.
+What is refused: pointers to code on a hub, and sizes that the weights do not bear out, for which transformers would
+take memory before anything is seen to be wrong.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def check_size(body: Any, stored: int, label: str) -> None:
     wanted = sum(value.numel() for value in (*body.parameters(), *body.buffers()))
     if wanted > 2 * stored + _SPARE:
         raise CheckpointError(
-            f"{label}: config.json describes {wanted / 1e6:.0f} M parameters, but the weights have {stored / 1e6:.1f} M; "
-            "it belongs to another model, or is damaged: download both again"
+            f"{label}: config.json describes {wanted / 1e6:.0f} M parameters, but the weights have {stored / 1e6:.1f} "
+            "M; it belongs to another model, or is damaged: download both again"
         )
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import CheckpointError, MachineError
-from plait.models.families import Family, Pooling, family_of
 from plait.models.configs import AS_DATA, check_config, check_folder, check_processor
+from plait.models.families import Family, Pooling, family_of
 from plait.models.heads import Head
 from plait.models.quiet import quiet
 from plait.routing.layout import Layout, is_routed

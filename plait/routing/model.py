@@ -152,7 +152,7 @@ def make_routed(body: Any, layout: Layout, stored: Mapping[str, Tensor]) -> Any:
             value = getattr(base, own, None)
             if not isinstance(value, Tensor) or tuple(value.shape) != store.shape:
                 raise CheckpointError(
-                    f"config.json: describes experts of '{name}.{own}' as {list(store.shape)}, which that layer does not have"
+                    f"config.json: describes experts of '{name}.{own}' as {list(store.shape)}, which that layer is not"
                 )
         parts = {
             own.replace(".", "/"): Parts(store, experts_of(stored, f"{name}.experts.{own.replace('.', '/')}."))

@@ -158,8 +158,8 @@ def check_inside(path: Path) -> None:
     roots = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
     if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in roots):
         raise CheckpointError(
-            f"{path}: is a link that leaves its folder, to {path.resolve()}. Copy the file into the folder if it belongs "
-            "to this checkpoint."
+            f"{path}: is a link that leaves its folder, to {path.resolve()}. Copy the file into the folder if it "
+            "belongs to this checkpoint."
         )
 
 

@@ -8,17 +8,19 @@ import struct
 from typing import Any
 
 NASTY: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 3.5, 0.1, -0.0, 1e308, 1e-320, float("nan"), float("inf"), 2**31, 2**63, 2**64, -(2**63),
-    10**400, 10**20, "", "a", "..", "../x", "/etc/passwd", "a/b", "\0", "\x1b[2J", "\u202e", "\ud800", "[/]", "{}", "{0}",
-    "{a.b}", "%s", "1e-3", "nan", "0x10", "-1", "*", ".", "x" * 300, "(a+)+b", [], {}, [[]], [{}], [None], [0, 1], {"": ""},
-    {"filter": "a", "value": 0.5}, {"filter": None, "value": None}, {"value": []}, {"filter": 1}, [1, [2, [3]]],
-    "ties", "linear", "wemoe", "adamerging", "emr", "base", "union", "float16", "F32", "BF16", "low_rank", "layers",
+    None, True, False, 0, 1, -1, 2, 3.5, 0.1, -0.0, 1e308, 1e-320, float("nan"), float("inf"), 2**31, 2**63, 2**64,
+    -(2**63), 10**400, 10**20, "", "a", "..", "../x", "/etc/passwd", "a/b", "\0", "\x1b[2J", "\u202e", "\ud800",
+    "[/]", "{}", "{0}", "{a.b}", "%s", "1e-3", "nan", "0x10", "-1", "*", ".", "x" * 300, "(a+)+b", [], {}, [[]], [{}],
+    [None], [0, 1], {"": ""}, {"filter": "a", "value": 0.5}, {"filter": None, "value": None}, {"value": []},
+    {"filter": 1}, [1, [2, [3]]], "ties", "linear", "wemoe", "adamerging", "emr", "base", "union", "float16", "F32",
+    "BF16", "low_rank", "layers",
 ]  # fmt: skip
 """Values that once broke some program."""
 TOKENS = [
-    b"{", b"}", b"[", b"]", b":", b",", b'"', b"\\u0000", b"\\ud800", b"\n", b"\0", b"&a ", b"*a", b"<<: *a", b"!!binary ",
-    b"!!python/object:os.system ", b"!!set ", b"!!timestamp ", b"2024-13-45", b"0x_", b"1:60", b"- ", b"? ", b"| ", b"---\n",
-    b"9" * 30, b"9" * 5000, b"[" * 200, b"-.inf", b".nan", b"null", b"true", b"\xff\xfe", b"\xef\xbb\xbf", b"%YAML 9.9\n",
+    b"{", b"}", b"[", b"]", b":", b",", b'"', b"\\u0000", b"\\ud800", b"\n", b"\0", b"&a ", b"*a", b"<<: *a",
+    b"!!binary ", b"!!python/object:os.system ", b"!!set ", b"!!timestamp ", b"2024-13-45", b"0x_", b"1:60", b"- ",
+    b"? ", b"| ", b"---\n", b"9" * 30, b"9" * 5000, b"[" * 200, b"-.inf", b".nan", b"null", b"true", b"\xff\xfe",
+    b"\xef\xbb\xbf", b"%YAML 9.9\n",
 ]  # fmt: skip
 
 

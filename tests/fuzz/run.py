@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import json
 import os
 import random
 import re
@@ -121,16 +120,10 @@ def _child(name: str, seconds: float, seed: int) -> tuple[int, int]:
     runs, covered = re.findall(r"Done (\d+) runs", done.stderr), re.findall(r"cov: (\d+)", done.stderr)
     if done.returncode or not runs:
         print(done.stderr[-2000:])
-    print(
-        "\n".join(
-            [
-                *found,
-                f"{name:16} {int(runs[-1]) if runs else 0:9} cases  {covered[-1] if covered else 0:>4} edges  {len(found):3} broke",
-            ]
-        ),
-        flush=True,
-    )
-    return int(runs[-1]) if runs else 0, len(found) + int(done.returncode != 0)
+    cases, edges = int(runs[-1]) if runs else 0, covered[-1] if covered else 0
+    line = f"{name:16} {cases:9} cases  {edges:>4} edges  {len(found):3} broke"
+    print("\n".join([*found, line]), flush=True)
+    return cases, len(found) + int(done.returncode != 0)
 
 
 def _guided(name: str, seconds: float, seed: int) -> None:

@@ -1,10 +1,11 @@
-"""What reads what strangers wrote, as functions of bytes. Each may return, or raise a `PlaitError`; anything else broke.
+"""What reads what strangers wrote, as functions of bytes. Each may return or raise a `PlaitError`; all else broke.
 
 A target is slow when a case takes longer than `SLOW` seconds; the runner bounds memory besides.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 
 import plait.methods  # noqa: F401  (registers the methods)
-from plait import yamlfile
 from plait.errors import PlaitError, RecipeError
 from plait.evaluate.results import load
 from plait.layers import Layers
@@ -201,10 +201,8 @@ def suite(data: bytes) -> None:
     found = read_suite(_written("suite.yaml", data))
     for task in found.tasks:
         assert files.plain_name(task), f"{task!r} is no file name"
-    try:
+    with contextlib.suppress(RecipeError):
         found.inputs()
-    except RecipeError:
-        pass
 
 
 def results(data: bytes) -> None:

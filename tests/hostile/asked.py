@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from hostile.checkpoints import entry, safetensors_bytes, write_index, write_shard
 from hostile.corpus import HARMLESS, MERGE, World, add, case, change_json
-
 from plait.writer import small_file
 
 CHECK, PLAN = "check {here}/recipe.yaml", "plan {here}/recipe.yaml"
@@ -73,9 +73,11 @@ recipe("gradient_of_null", GOOD.replace("task_arithmetic", "slerp") + "parameter
 recipe("stages_not_a_list", GOOD.replace("task_arithmetic", "wemoe") + "shared: {transforms: 3, combine: sum}\n")
 recipe("seed_beyond_64_bits", GOOD + f"seed: {2**70}\n")
 recipe("code_as_method", GOOD.replace("task_arithmetic", "os.system"), fault="os.system")
-recipe("state_elsewhere", GOOD.replace("task_arithmetic", "wemoe") + "shared: {merge_method: adamerging, state: /etc}\n",
+recipe("state_elsewhere",
+       GOOD.replace("task_arithmetic", "wemoe") + "shared: {merge_method: adamerging, state: /etc}\n",
        words=RUN)  # fmt: skip
-recipe("state_given_elsewhere", GOOD.replace("task_arithmetic", "adamerging"), words=RUN.replace("merge", "merge --state /etc"),
+recipe("state_given_elsewhere", GOOD.replace("task_arithmetic", "adamerging"),
+       words=RUN.replace("merge", "merge --state /etc"),
        fault="/etc")  # fmt: skip
 
 
@@ -169,8 +171,8 @@ def side_files_that_link_out(folder: Path, world: World) -> str:
 
 
 FACTS: dict[str, Any] = {
-    "schema": "plait.state/1", "method": "adamerging", "paper": "x", "sees": "x", "tasks": ["a"], "models": {}, "seed": 0,
-    "split": "adapt", "vectors": {}, "fit": {"granularity": "task", "init": 0.3}, "data": {}, "summary": {},
+    "schema": "plait.state/1", "method": "adamerging", "paper": "x", "sees": "x", "tasks": ["a"], "models": {},
+    "seed": 0, "split": "adapt", "vectors": {}, "fit": {"granularity": "task", "init": 0.3}, "data": {}, "summary": {},
 }  # fmt: skip
 
 

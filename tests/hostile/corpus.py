@@ -1,4 +1,4 @@
-"""The cases: a builder that writes hostile files into a folder, and the words of the `plait` verb that is given them."""
+"""The cases: a builder that writes hostile files into a folder, and the words of the `plait` verb that gets them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import mini_suite
 import pico
+
 from hostile.checkpoints import BUILDERS
 
 REFUSED, HARMLESS = "refused", "harmless"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import yaml
+
 from hostile.corpus import World, add, change_json
 
 EVAL = "eval {here}/base --suite {here}/suite.yaml --task shade --no-cache --quiet"

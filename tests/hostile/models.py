@@ -1,4 +1,4 @@
-"""What evaluation reads: configs, tokenizers, heads, routed models, suites and their data. All as data, never as code."""
+"""What evaluation reads: configs, tokenizers, heads, routed models, suites and their data. All as data, not code."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import save_file
+
 from hostile.checkpoints import MARKER, _Payload, entry, safetensors_bytes
 from hostile.corpus import HARMLESS, World, add, case, change_json
-from safetensors.torch import save_file
 
 EVAL = "eval {here} --suite {suite} --task tone --no-cache --quiet"
 SHOW = "suite show {here}/suite.yaml"
@@ -157,8 +158,9 @@ def routed(
 
     def write(folder: Path, world: World) -> None:
         plain = json.loads((folder / "config.json").read_text())
-        layout = {"format": 1, "method": "wemoe", "model_type": "bert", "architecture": "BertModel", "tasks": ["a", "b"],
-                  "router": {"kind": "task"}, "groups": [], "layers": {LAYER: {"weight": STORE}}, **changes}  # fmt: skip
+        layout = {"format": 1, "method": "wemoe", "model_type": "bert", "architecture": "BertModel",
+                  "tasks": ["a", "b"], "router": {"kind": "task"}, "groups": [],
+                  "layers": {LAYER: {"weight": STORE}}, **changes}  # fmt: skip
         routed_config = {**plain, "model_type": "plait_routed", "architectures": ["RoutedModel"], "plait": layout,
                          **(plainly or {})}  # fmt: skip
         (folder / "config.json").write_text(json.dumps(routed_config))
