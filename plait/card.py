@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import html
+import re
 from typing import Any
 
 import yaml
 
+from plait.errors import printable
 from plait.plan import Plan
 
 _CITATIONS = {
@@ -38,7 +41,7 @@ def model_card(plan: Plan, record: dict[str, Any]) -> str:
     lines += ["| model | role | fingerprint |", "|---|---|---|"]
     for model in plan.opened():
         role = "base" if plan.base is not None and model.source is plan.base.source else f"expert `{model.name}`"
-        lines.append(f"| {model.label} | {role} | `{record['inputs'][model.label]['fingerprint'][:16]}` |")
+        lines.append(f"| {_cell(model.label)} | {role} | `{record['inputs'][model.label]['fingerprint'][:16]}` |")
     copied = len(record["tensors"]["copied"])
     lines += ["", f"{record['tensors']['merged']} tensors merged, {copied} copied."]
     if plan.heads:
@@ -53,8 +56,15 @@ def model_card(plan: Plan, record: dict[str, Any]) -> str:
             "", "## Use", "", "The experts stay apart in this model and are mixed for every input; it needs Plait:", "",
             "```python", "import plait", 'model = plait.from_pretrained("FOLDER")', "```",
         ]  # fmt: skip
-    lines += ["", "## Recipe", "", "```yaml", yaml.safe_dump(record["recipe"], sort_keys=False).rstrip(), "```", ""]
+    recipe = yaml.safe_dump(record["recipe"], sort_keys=False).rstrip()
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))  # none in the recipe may close it
+    lines += ["", "## Recipe", "", f"{fence}yaml", recipe, fence, ""]
     citation = _CITATIONS.get(plan.method.paper)
     lines += ["## Citation", "", f"{plan.method.name}: {f'{citation}, ' if citation else ''}{plan.method.paper}.", ""]
     lines += ["`plait.json` holds the fingerprints of the inputs and the SHA-256 of the weights.", ""]
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """A path as text of a table: it may be a stranger's, and Markdown passes HTML on."""
+    return html.escape(printable(text), quote=False).replace("|", "\\|").replace("\n", " ")

@@ -103,6 +103,9 @@ def merge(
     data: Data = None,
     engine: Annotated[str, typer.Option(help="local, or ray: on a cluster (pip install 'plait\\[ray]').")] = "local",
     address: Annotated[str | None, typer.Option(help="Of the Ray cluster; without it, one of this machine.")] = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Pass NaN and infinities through in their places, and say where.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -115,7 +118,7 @@ def merge(
     with progress.shown(quiet or as_json) as shown:
         merged = run.merge(
             recipe, out, memory=memory, threads=threads, device=device, shard_size=shard_size, overwrite=overwrite,
-            state=state, engine=engine, address=address, progress=shown,
+            state=state, engine=engine, address=address, allow_nonfinite=allow_nonfinite, progress=shown,
         )  # fmt: skip
     show.emit(show.merged_data(merged), as_json, lambda: show.merged_text(merged))
 

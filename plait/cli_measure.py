@@ -138,11 +138,12 @@ def compare(
     from plait.evaluate.compare import Means
     from plait.evaluate.compare import compare as run
     from plait.evaluate.measure import Bench
+    from plait.recipe import safe_name
     from plait.suites.places import load_suite
 
     under = robust.corruptions(show.parts(corrupt), severity)
     chosen = load_suite(suite).only(task)
-    folder = out or Path(f"comparison-{chosen.name}")
+    folder = out or Path(safe_name(f"comparison-{chosen.name}"))
     with progress.shown(quiet or as_json) as shown:
         options = show.options(batch_size, dtype, device, no_cache, shown, protocol)
         bench = Bench(chosen, options, unseen=show.parts(unseen))
@@ -177,6 +178,7 @@ def sweep(
     from plait.evaluate.measure import Bench
     from plait.evaluate.sweep import parse_axes
     from plait.evaluate.sweep import sweep as run
+    from plait.recipe import safe_name
     from plait.suites.places import load_suite
 
     if not settings and experts is None:
@@ -185,7 +187,7 @@ def sweep(
     item = contender(recipe, chosen)
     axes = parse_axes(settings or [])
     sizes = show.sizes(experts)
-    folder = out or Path(f"sweep-{chosen.name}-{item.slug}")
+    folder = out or Path(safe_name(f"sweep-{chosen.name}-{item.slug}"))
     with progress.shown(quiet or as_json) as shown:
         bench = Bench(chosen, show.options(batch_size, dtype, device, False, shown))
         found = run(

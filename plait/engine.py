@@ -26,6 +26,7 @@ from plait.lazy import torch
 from plait.methods.block import Block, Reader, as_float
 from plait.methods.contract import MergeMethod
 from plait.methods.stream import GRAIN, Grid, Piece
+from plait.nonfinite import put_back, set_apart
 from plait.sources.safetensors import SafetensorsSource
 from plait.threads import workers
 from plait.writer import FolderWriter
@@ -55,8 +56,12 @@ class Engine:
     here = True
     """Whether this machine writes everything: then what is written can be read back at once."""
 
-    def __init__(self, *, threads: int, memory: int, device: str, progress: Progress) -> None:
+    def __init__(
+        self, *, threads: int, memory: int, device: str, progress: Progress, allow_nonfinite: bool = False
+    ) -> None:
         self.threads, self.memory, self.progress = threads, memory, progress
+        self.check = _as_they_are if allow_nonfinite else finite
+        self.allow_nonfinite = allow_nonfinite
         self.device = device
         if device != "cpu":
             _check_device(device)
@@ -101,7 +106,7 @@ class Engine:
 
     def _raw(self, tensor: TensorPlan) -> Raw | None:
         """The stored bytes of a tensor for the compiled loops; None where one input is not as they read it."""
-        if self._loops is None or tensor.dtype not in CODES:
+        if self._loops is None or tensor.dtype not in CODES or self.allow_nonfinite:
             return None
         models = [stored(item) for item in tensor.inputs]
         base = None if tensor.base is None else stored(tensor.base)
@@ -147,7 +152,7 @@ class Engine:
     def block(self, tensor: TensorPlan, seed: int, state: Any = None, learned: Any = None) -> Block:
         """The block of one merged tensor, reading from its sources."""
         readers = [self._reader(item, tensor, tensor.base) for item in tensor.inputs]
-        return Block(
+        block = Block(
             name=tensor.key,
             shape=tensor.shape,
             tasks=tuple(item.model for item in tensor.inputs),
@@ -161,6 +166,7 @@ class Engine:
             learned=learned,
             raw=self._raw(tensor),
         )
+        return set_apart(block) if self.allow_nonfinite else block
 
     def _reader(self, item: Input, tensor: TensorPlan, base: Input | None) -> tuple[Reader, Reader | None]:
         """Readers of the whole tensor, and of its task vector where the base is what the adapter sits on."""
@@ -173,10 +179,10 @@ class Engine:
             else:
                 assert item.under is not None
                 values = as_float(item.under.read(piece.start, piece.stop)) + item.task_vector(piece.start, piece.stop)
-            return finite(values, item, tensor, piece).to(self.device)
+            return self.check(values, item, tensor, piece).to(self.device)
 
         def stored(piece: Piece) -> torch.Tensor:
-            return finite(item.task_vector(piece.start, piece.stop), item, tensor, piece).to(self.device)
+            return self.check(item.task_vector(piece.start, piece.stop), item, tensor, piece).to(self.device)
 
         under = item.under
         on_base = under is not None and base is not None and under.source is base.source and under.stored == base.stored
@@ -200,6 +206,8 @@ class Engine:
                 raise MachineError(
                     f"'{tensor.name}': merged values exceed float16 (65504); set out_dtype: bfloat16 or float32"
                 )
+            if block.lost is not None:
+                values = put_back(values, block.lost(piece))
             writer.write(name, piece.start * width, _bytes(values))
             self.progress.advance(int(piece.numel * share))
 
@@ -317,6 +325,10 @@ def stored(item: Input) -> Stored | None:
     if item.update is not None or item.dtype not in CODES or not isinstance(item.source, SafetensorsSource):
         return None
     return Stored(CODES[item.dtype], itemsize(item.dtype), item.source.filler(item.stored))
+
+
+def _as_they_are(values: torch.Tensor, *_: Any) -> torch.Tensor:
+    return values
 
 
 def finite(values: torch.Tensor, item: Input, tensor: TensorPlan, piece: Piece) -> torch.Tensor:

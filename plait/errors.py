@@ -13,11 +13,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 4000
+"""Characters of a message: it may quote what a stranger wrote, and nobody reads more."""
+
 
 class PlaitError(Exception):
     """Base of all errors that Plait raises on purpose. `exit_code` is what the command line returns."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class RecipeError(PlaitError):
@@ -34,6 +40,15 @@ class CheckpointError(PlaitError):
 
 class MachineError(PlaitError):
     """The machine cannot do it as asked (disk full, memory budget too small), though recipe and files are fine."""
+
+
+def printable(text: str) -> str:
+    """Foreign text for a terminal: what would move the cursor, hide or turn text is spelled out."""
+    if len(text) > _LONGEST:
+        text = text[:_LONGEST] + " …"
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(mark if mark == "\n" or mark.isprintable() else repr(mark)[1:-1] for mark in text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

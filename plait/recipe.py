@@ -31,6 +31,8 @@ _NOT_SUPPORTED = {
 """Keys mergekit has and Plait does not: refused with what to do instead."""
 IGNORED_PARAMETERS = {"int8_mask": "masks are never stored here"}
 """Parameters mergekit's recipes carry that can have no effect on the result."""
+_MOST_LAYERS = 10_000
+"""Of a model: a recipe asks for one entry a layer before any model is looked at."""
 
 
 class _Strict(BaseModel):
@@ -126,10 +128,10 @@ class Recipe(_Strict):
                 other != model and other.endswith("/".join(parts[-depth:])) for other in set(bare)
             ):
                 depth += 1
-            chosen[model] = _safe_name("-".join(parts[-depth:]))
+            chosen[model] = safe_name("-".join(parts[-depth:]))
         taken: dict[str, str] = {}
         for model, name in chosen.items():
-            if name != _safe_name(name):
+            if name != safe_name(name):
                 raise RecipeError(f"name: '{name}' must be letters, digits, '.', '_' or '-', and not start with '.'")
             if taken.setdefault(name, model) != model:
                 raise RecipeError(f"two models are called '{name}' ({taken[name]}, {model}); give each its own name:")
@@ -146,7 +148,8 @@ class Recipe(_Strict):
         return data
 
 
-def _safe_name(text: str) -> str:
+def safe_name(text: str) -> str:
+    """The text as one harmless file name: anything else than letters, digits, '.', '_' and '-' becomes '_'."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip(".") or "model"
 
 
@@ -163,7 +166,7 @@ def load_recipe(
         # Through JSON, so that whatever a program hands over is plain data and nothing else.
         try:
             located = Located(json.loads(json.dumps({**(defaults or {}), **source})))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise RecipeError(f"the recipe must be plain data (texts, numbers, lists, mappings): {error}") from None
         return _validate(located, Path.cwd())
     path = Path(source)
@@ -226,9 +229,11 @@ def _check_structure(recipe: Recipe) -> None:
     for s, piece in enumerate(recipe.slices or []):
         lengths = {source.layer_range[1] - source.layer_range[0] for source in piece.sources}
         for i, source in enumerate(piece.sources):
-            if not 0 <= source.layer_range[0] < source.layer_range[1]:
+            if not 0 <= source.layer_range[0] < source.layer_range[1] <= _MOST_LAYERS:
                 where = recipe.where("slices", s, "sources", i, "layer_range")
-                raise RecipeError(f"{where}: must be [first, last) with 0 <= first < last, got {source.layer_range}")
+                raise RecipeError(
+                    f"{where}: must be [first, last) with 0 <= first < last <= {_MOST_LAYERS}, got {source.layer_range}"
+                )
         if len(lengths) > 1:
             raise RecipeError(f"{recipe.where('slices', s)}: all sources of a slice must have equally many layers")
     for key in ("dtype", "out_dtype"):

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from plait.card import model_card
+from plait.decide import TensorPlan
 from plait.engine import Engine, Progress
 from plait.errors import MachineError, RecipeError
 from plait.headfiles import head_files
 from plait.lazy import torch
+from plait.nonfinite import count, sentences
 from plait.plan import Plan, make_plan
 from plait.recipe import Recipe, load_recipe
 from plait.sidefiles import side_files
@@ -70,6 +72,7 @@ def merge(
     state: str | os.PathLike[str] | None = None,
     engine: str = "local",
     address: str | None = None,
+    allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> Merged:
     """Merge as the recipe says and write the model to folder `out`, whole or not at all.
@@ -78,15 +81,16 @@ def merge(
     processors this process may use. Neither changes a byte of the result. An interrupted merge goes on where it was
     when called again. A method that learns takes `state`, the folder of a fit; without one it is fitted first, from
     the recipe's `data`, and the state is left in `out`/state. With `engine="ray"` the jobs run on the Ray cluster at
-    `address`, to the same bytes (docs/ray.md); `memory` is then each worker's. Raises RecipeError, CheckpointError,
-    MachineError.
+    `address`, to the same bytes (docs/ray.md); `memory` is then each worker's. An input with NaN or an infinity is
+    refused, unless `allow_nonfinite`: then the result is non-finite in exactly those places, and `notes` says in which
+    tensors. Raises RecipeError, CheckpointError, MachineError.
     """
     plan = make_plan(load_recipe(recipe))
     try:
         return run(
             plan, Path(out), memory=parse_bytes(memory, "memory"), threads=threads or usable_threads(), device=device,
             shard_size=parse_bytes(shard_size, "shard_size"), overwrite=overwrite, state=state,
-            kind=engine, address=address, progress=progress or Silent(),
+            kind=engine, address=address, allow_nonfinite=allow_nonfinite, progress=progress or Silent(),
         )  # fmt: skip
     finally:
         plan.library.close()
@@ -137,10 +141,20 @@ def run(
     state: str | os.PathLike[str] | None = None,
     kind: str = "local",
     address: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> Merged:
     """Carry out a plan, on an engine of this kind."""
     refuse_impossible(plan, out, memory)
-    with _engine(plan, kind, address, threads=threads, memory=memory, device=device, progress=progress) as engine:
+    if allow_nonfinite and (plan.method.learned is not None or plan.method.dynamic is not None):
+        raise RecipeError(
+            f"--allow-nonfinite: {plan.method.name} learns or routes, and would carry such entries everywhere; get the "
+            "checkpoint again, or merge by a method that does neither"
+        )
+    given: dict[str, Any] = {
+        "threads": threads, "memory": memory, "device": device, "progress": progress,
+        "allow_nonfinite": allow_nonfinite,
+    }  # fmt: skip
+    with _engine(plan, kind, address, **given) as engine:
         return _carry_out(plan, out, engine, shard_size=shard_size, overwrite=overwrite, state=state)
 
 
@@ -152,6 +166,8 @@ def _engine(plan: Plan, kind: str, address: str | None, **given: Any) -> Iterato
     if kind != "ray":
         what = f"--engine {kind}: must be local or ray" if kind != "local" else "--address: goes with --engine ray"
         raise RecipeError(what)
+    if given.pop("allow_nonfinite"):
+        raise RecipeError("--allow-nonfinite: does not go with --engine ray; remove one of them")
     from plait.engine_ray import RayEngine
 
     with closing(RayEngine(plan, address, **given)) as engine:
@@ -176,14 +192,28 @@ def _carry_out(
         surveyed = engine.survey(plan.method, plan.merged, plan.recipe.seed) if todo or explain else None
         told = explain(surveyed) if explain is not None and surveyed is not None else {}
         engine.merge(plan.method, todo, plan.recipe.seed, surveyed, writer, learned)
+        passed = nonfinite_counts(plan, engine)
         hashes = writer.hashes()
         if len(shards) > 1:
             writer.add_file("model.safetensors.index.json", index_of(shards, plan.bytes_out))
-        for name, content in {**head_files(plan, learned), **side_files(plan)}.items():
+        for name, content in {**head_files(plan, learned, engine.allow_nonfinite), **side_files(plan)}.items():
             writer.add_file(name, content)
-        _finish(plan, writer, learned, provenance(plan, hashes, learned, told))
+        record = provenance(plan, hashes, learned, told)
+        _finish(plan, writer, learned, {**record, **({"nonfinite": passed} if passed else {})})
     _leave(plan, out, learned)
-    return Merged(out, plan, hashes, resumed, (*plan.notes, *told.get("notes", ())))
+    return Merged(out, plan, hashes, resumed, (*plan.notes, *told.get("notes", ()), *sentences(passed)))
+
+
+def nonfinite_counts(plan: Plan, engine: Engine) -> dict[str, int]:
+    """Merged tensor → entries that were passed through; counted anew, so that a resumed run says the same."""
+    if not engine.allow_nonfinite:
+        return {}
+
+    def job(tensor: TensorPlan) -> int:
+        return count(engine.block(tensor, plan.recipe.seed))
+
+    found = zip(plan.merged, engine.each(plan.merged, job), strict=True)
+    return {tensor.name: number for tensor, number in found if number}
 
 
 def _run_routed(plan: Plan, out: Path, engine: Engine, learned: State | None, overwrite: bool) -> Merged:

@@ -161,6 +161,8 @@ def _gradient(values: list[Any], t: float, parameter: Parameter, where: str) -> 
     place = t * (len(values) - 1)
     if parameter.kind not in (float, int):
         return values[int(place)]
+    if None in values:
+        raise RecipeError(f"{where}: a gradient goes from number to number, and one of these is null")
     first = int(place)
     share = place - first
     value = (1 - share) * values[first] + share * values[min(len(values) - 1, first + 1)]

@@ -114,13 +114,15 @@ def plan_text(plan: Plan, budget: Budget, *, every: bool) -> None:
     for tensor in data["tensors"]:
         name = tensor["name"] if every else re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor["name"])
         shape = "×".join(map(str, tensor["shape"])) or "scalar"
-        key = (name, f"{shape} {tensor['dtype']}", tensor["action"], tensor["reason"])
+        key = (name, f"{shape} {tensor['dtype']}", tensor["action"], escape(tensor["reason"]))
         groups.setdefault(key, []).append(tensor["parameters"])
     for (name, shape, action, reason), members in groups.items():
         style = {"merge": "", "copy": "dim"}[action]
         table.add_row(escape(name), str(len(members)), shape, action, reason, _brief(members, plan.method), style=style)
     for task, items in data["per_task"].items():
-        table.add_row(", ".join(items), str(len(items)), "", "kept", f"{task}'s own, in heads/", "", style="cyan")
+        table.add_row(
+            escape(", ".join(items)), str(len(items)), "", "kept", f"{task}'s own, in heads/", "", style="cyan"
+        )
     for name, why in data["refused"].items():
         table.add_row(escape(name), "1", "", "refused", escape(why), "", style="red")
     out.print(table)
@@ -247,7 +249,7 @@ def inspect_text(data: dict[str, Any], *, every: bool) -> None:
         off = [part["cosine"][i][j] for i in range(count) for j in range(i + 1, count)]
         mean = f"{sum(off) / len(off):+.3f}" if off else "·"
         largest = max(part["relative_norm"].values())
-        table.add_row(name, f"{part['parameters']:,}", f"{largest:.2%}", mean, f"{part['unanimous']:.1%}")
+        table.add_row(escape(name), f"{part['parameters']:,}", f"{largest:.2%}", mean, f"{part['unanimous']:.1%}")
     out.print(table)
 
 
@@ -270,7 +272,7 @@ def _brief(members: list[dict[str, Any]], method: MergeMethod) -> str:
         if set(values) - {_value_text(parameter.default)}:
             text = values[0] if len(set(values)) == 1 else f"{values[0]} → {values[-1]}"
             parts.append(f"{parameter.name} {text}")
-    return "; ".join(parts)
+    return escape("; ".join(parts))
 
 
 def _value_text(value: Any) -> str:

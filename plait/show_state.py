@@ -40,10 +40,10 @@ def masks(state: State) -> dict[str, dict[str, float]]:
     for name in state.names():
         if not name.startswith("mask/"):
             continue
-        stored, scale = state.tensor(name), state.tensor(f"mask_scale/{name.removeprefix('mask/')}")
+        stored = state.tensor(name)
         assert stored is not None
-        assert scale is not None
-        mask = expected(stored.float() * scale, state.facts["fit"]["concrete"])
+        scale = state.mask_scale(name.removeprefix("mask/"))
+        mask = expected(stored.float() * scale, float(state.option("concrete")))
         shares = ((mask < 0.25), (mask < 0.5), (mask > 0.75))
         values = [mask.mean(), *(share.float().mean() for share in shares)] if mask.numel() else [0.0] * 4
         keys = ("mean", "under_0.25", "under_0.5", "over_0.75")
@@ -55,12 +55,13 @@ def state_text(state: State) -> None:
     """A state for people: what was learned from what, how it ended, the numbers."""
     out, facts = console(), state.facts
     summary = facts["summary"]
-    out.print(f"[bold]{escape(facts['method'])}[/] ({facts['paper']}), {len(facts['tasks'])} experts; "
+    out.print(f"[bold]{escape(facts['method'])}[/] ({escape(facts['paper'])}), {len(facts['tasks'])} experts; "
               f"{show_bytes((state.folder / NUMBERS).stat().st_size)} in {escape(str(state.folder))}")  # fmt: skip
     out.print(f"  fit: {escape(_settings(facts['fit']))}; seed {facts['seed']}", style="dim")
     for task, item in facts["data"].items():
         out.print(
-            f"  {escape(task)}: {item['inputs']} inputs of {escape(item['from'])} ({facts['split']})", style="dim"
+            f"  {escape(task)}: {item['inputs']} inputs of {escape(item['from'])} ({escape(facts['split'])})",
+            style="dim",
         )
     if summary.get("verdict"):
         out.print(f"[yellow]stopped:[/] {escape(summary['verdict'])}; kept step {summary['best_step']}")

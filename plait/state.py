@@ -17,7 +17,9 @@ from plait.lazy import torch
 from plait.methods.block import Block
 from plait.methods.granules import granule_of
 from plait.methods.stream import Stream
+from plait.sources.files import read_object
 from plait.sources.safetensors import SafetensorsSource
+from plait.statefacts import check_facts
 from plait.writer import small_file
 
 SCHEMA = "plait.state/1"
@@ -52,19 +54,35 @@ class State:
 
     def coefficients(self, name: str) -> list[float]:
         """λ of every expert for one tensor of the model, in the order of the tasks."""
-        found = self.tensor(f"coefficients/{group_of(name, self.facts['fit']['granularity'])}")
+        found, count = (
+            self.tensor(f"coefficients/{group_of(name, self.option('granularity'))}"),
+            len(self.facts["tasks"]),
+        )
         if found is None:  # nothing of this granule could be learned: no expert changed it, or no input reaches it
-            return [float(self.facts["fit"]["init"])] * len(self.facts["tasks"])
+            return [float(self.option("init"))] * count
+        if found.shape != (count,) or not found.isfinite().all():
+            raise CheckpointError(f"{self.folder}: its coefficients of '{name}' are not {count} numbers; fit again")
         return found.tolist()
+
+    def option(self, key: str) -> Any:
+        """An option of the fit. Raises CheckpointError where the state says none."""
+        if key not in self.facts["fit"]:
+            raise CheckpointError(f"{self.folder / FACTS}: lacks fit.{key}, which its method needs; fit again")
+        return self.facts["fit"][key]
 
     def mask(self, block: Block) -> Stream | None:
         """The mask's logits of a block, [n]; None for a tensor without a mask."""
         name = f"mask/{block.name}"
         if name not in self._source.specs:
             return None
-        scale = self.tensor(f"mask_scale/{block.name}")
-        assert scale is not None
-        return self._stream(block, name, float(scale))
+        return self._stream(block, name, self.mask_scale(block.name))
+
+    def mask_scale(self, name: str) -> float:
+        """What a stored mask of int8 is multiplied by."""
+        scale = self.tensor(f"mask_scale/{name}")
+        if scale is None or scale.numel() != 1:
+            raise CheckpointError(f"{self.folder / NUMBERS}: lacks the number 'mask_scale/{name}'; fit again")
+        return float(scale)
 
     def delta(self, block: Block) -> Stream | None:
         """The learned task vector of a block, [n]; None for a tensor without one."""
@@ -125,11 +143,12 @@ def load_state(folder: str | os.PathLike[str]) -> State:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; make a state with: plait fit RECIPE {path}")
     try:
-        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise CheckpointError(f"{path}: has no {FACTS} that can be read; it is not a state: see plait fit") from None
-    if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
+        facts, _ = read_object(path / FACTS, "what a fit says of itself")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: has no {FACTS} that can be read; it is not a state ({error})") from None
+    if facts.get("schema") != SCHEMA:
         raise CheckpointError(f"{path}/{FACTS}: is not of the schema {SCHEMA}; fit again with this version of Plait")
+    check_facts(facts, path / FACTS)
     return State(path, facts)
 
 

@@ -237,7 +237,7 @@ class FolderWriter:
     def _read_journal(self) -> set[str]:
         """Finished tensors. After a reboot only those before the last sync: the rest may not have reached the disk."""
         try:
-            lines = (self.partial / JOURNAL).read_text(encoding="utf-8").splitlines()
+            lines = (self.partial / JOURNAL).read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             return set()
         done: set[str] = set()
@@ -246,10 +246,12 @@ class FolderWriter:
         for line in lines:
             try:
                 entry = json.loads(line)
-            except ValueError:
-                break  # the line that the interruption cut
+            except (ValueError, RecursionError):
+                break  # the line that the interruption cut, or a disk that lost what it was told
             if isinstance(entry, str):
                 done.add(entry)
+            elif not isinstance(entry, dict):
+                break
             elif "boot" in entry:
                 boot = entry["boot"]
             else:

@@ -419,8 +419,10 @@ class TestStates:
 
     def test_writing_twice_gives_the_same_bytes(self, tmp_path: Path) -> None:
         numbers = {"b": torch.arange(3.0), "a": torch.zeros(2, 2, dtype=torch.int8)}
+        texts, maps = dict.fromkeys(("method", "paper", "sees", "split"), "x"), ("models", "vectors", "fit", "data")
+        facts = {**texts, **{key: {} for key in (*maps, "summary")}, "tasks": ["a"], "seed": 0}
         for name in ("one", "two"):
-            write_state(tmp_path / name, {"method": "x"}, numbers, overwrite=False)
+            write_state(tmp_path / name, facts, numbers, overwrite=False)
             numbers = dict(reversed(numbers.items()))
         assert files(tmp_path / "one") == files(tmp_path / "two")
 

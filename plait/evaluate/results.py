@@ -6,6 +6,7 @@ Scores are fractions (0.873, not 87.3). Every JSON file names its schema in its 
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -261,6 +262,10 @@ _KINDS: dict[str, type[Result]] = {
 }  # fmt: skip
 
 
+_MOST_BYTES = 256 << 20
+"""Of a results file; every answer is in it, so that 40 models on a hundred thousand samples take about a tenth."""
+
+
 def dump(result: Result) -> str:
     """JSON text of a result."""
     return result.model_dump_json(by_alias=True, indent=1) + "\n"
@@ -270,11 +275,15 @@ def load(path: str | os.PathLike[str]) -> Result:
     """Read a result file. Raises CheckpointError when it is not one."""
     import json
 
+    place = Path(path)
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = place.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
+            raise CheckpointError(f"{path}: is no file of results (not a regular file, or over {_MOST_BYTES >> 20} MB)")
+        data = json.loads(place.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path}: is not JSON; give a file that plait eval, compare or sweep wrote") from None
     kind = _KINDS.get(str(data.get("schema"))) if isinstance(data, dict) else None
     if kind is None:

@@ -130,7 +130,7 @@ def comparison_csv(found: Comparison) -> str:
 
 def evaluation_table(found: Evaluation) -> Table:
     """One model, a line per task."""
-    table = Table(box=None, header_style="bold", title=f"{escape(found.model.label)} on {found.suite.name}, %")
+    table = Table(box=None, header_style="bold", title=f"{escape(found.model.label)} on {escape(found.suite.name)}, %")
     for place, name in enumerate(("task", "metric", "score", "95 %", "expert", "normalised", "others", "samples")):
         table.add_column(name, justify="left" if place < 2 else "right")
     for task, result in zip(_task_names(found), found.tasks.values(), strict=True):
@@ -139,7 +139,8 @@ def evaluation_table(found: Evaluation) -> Table:
         expert = _percent(result.expert) if result.expert is not None else "-"
         score = result.score
         spread = f"{_percent(score.low)} … {_percent(score.high)}"
-        table.add_row(task, result.metric, _percent(score.value), spread, expert, share, others, str(result.samples))
+        cells = [task, result.metric, _percent(score.value), spread, expert, share, others, str(result.samples)]
+        table.add_row(*map(escape, cells))
     spread = f"{_percent(found.average.low)} … {_percent(found.average.high)}"
     share = _percent(found.normalised.value) if found.normalised else "-"
     table.add_row("average", "", _percent(found.average.value), spread, "", share, "", "", style="bold")
@@ -191,7 +192,7 @@ def result_tables(found: Evaluation | Robustness) -> list[Table]:
 
 def sweep_table(found: Sweep) -> Table:
     """A sweep, a line per point."""
-    title = f"{escape(found.method)} on {found.suite.name}: normalised, %"
+    title = f"{escape(found.method)} on {escape(found.suite.name)}: normalised, %"
     table = Table(box=None, header_style="bold", title=title, min_width=len(title))
     axes = [axis for axis in found.axes if axis != "experts"]
     subsets = "experts" in found.axes

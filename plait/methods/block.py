@@ -42,6 +42,8 @@ class Block:
     """What was learned before, for methods that learn (`plait.state.State`)."""
     raw: Raw | None = None
     """The stored bytes and the compiled loops that read them, where both are there."""
+    lost: Reader | None = None
+    """What the readers hide because it is no finite number, zero elsewhere; None where nothing may be hidden."""
     _held: tuple[int, torch.Tensor] | None = field(default=None, repr=False)
 
     @classmethod

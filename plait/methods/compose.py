@@ -118,7 +118,13 @@ def _routed(named: MergeMethod, recipe: Recipe) -> tuple[MergeMethod, Recipe]:
         if key not in _SHARED:
             raise RecipeError(f"{where}: has no key '{key}'{nearest(key, _SHARED)}; parameters stand under parameters:")
     cleared = {"merge_method": None, "route": {}, "shared": None}
+    for key, kind in (("merge_method", str), ("state", str), ("transforms", list), ("finish", list)):
+        if not isinstance(given.get(key, kind()), kind):
+            what = "text" if kind is str else "list"
+            raise RecipeError(f"{where}: {key} must be a {what}, got {given[key]!r:.80}")
     stages = {key: value for key, value in given.items() if key != "state"}
+    if ("merge_method" in stages) == ("combine" in stages):
+        raise RecipeError(f"{where}: give either merge_method, or combine (with transforms and finish)")
     static, inner = method_of(recipe.model_copy(update={**cleared, **stages}))
     if static.dynamic is not None:
         raise RecipeError(f"{where}: {static.name} is routed itself; name a method that gives one model")

@@ -81,11 +81,11 @@ class Parameter:
                 return value
             raise RecipeError(f"{where}: must be a text, got {value!r}")
         number = _number(value)
-        if number is None or math.isnan(number):
+        if number is None or not math.isfinite(number):
             raise RecipeError(f"{where}: must be a number{self._expected()}, got {value!r}")
         if self.kind is int and number != int(number):
             raise RecipeError(f"{where}: must be a whole number{self._expected()}, got {value!r}")
-        if not math.isfinite(number) or (self.limits is not None and number not in self.limits):
+        if self.limits is not None and number not in self.limits:
             raise RecipeError(f"{where}: must be a number{self._expected()}, got {value!r}")
         return int(number) if self.kind is int else number
 
@@ -105,14 +105,12 @@ def _number(value: Any) -> float | None:
     """YAML reads 1e-3 as text; mergekit's users write it, so it counts as a number."""
     if isinstance(value, bool):
         return None
-    if isinstance(value, (int, float)):
+    if not isinstance(value, (int, float, str)):
+        return None
+    try:
         return float(value)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return None
-    return None
+    except (ValueError, OverflowError):  # no number; a whole one beyond all floats
+        return None
 
 
 class _Schema(Mapping[str, Parameter]):

@@ -180,7 +180,7 @@ def masked(block: Block, vectors: Stream, eval_mask: EvalMask) -> Stream:
 
 def mask_of(block: Block, eval_mask: EvalMask) -> Stream | None:
     """The mask of this tensor, [n] in [0, 1]; None for a tensor that has none."""
-    logits, temperature = block.learned.mask(block), block.learned.facts["fit"]["concrete"]
+    logits, temperature = block.learned.mask(block), float(block.learned.option("concrete"))
     if logits is None:
         return None
     if eval_mask == "binary":
@@ -199,7 +199,7 @@ def concrete(x: torch.Tensor, u: torch.Tensor, temperature: float) -> torch.Tens
 
 def weighted_by_mask(block: Block, vectors: Stream, *, eval_mask: EvalMask = "mean") -> Stream:
     """λ Σ_k m/mean(m) · v_k with the learned mask and the one weight that the fit began with."""
-    weight = float(block.learned.facts["fit"]["init"])
+    weight = float(block.learned.option("init"))
     return combines.sum_(block, masked(block, vectors, eval_mask), weight=weight)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -106,7 +107,33 @@ def head_of(tensors: Mapping[str, Tensor], origin: str, names: list[str] | None 
              {"visual_projection.weight", "text_embeddings", "logit_scale"})  # fmt: skip
     if not any(kind <= set(plain) for kind in kinds):
         raise CheckpointError(f"{origin}: its tensors ({', '.join(sorted(tensors))}) are no head: needs {_KNOWN}")
-    return Head(plain, origin, names)
+    found = Head(plain, origin, names)
+    _check_shapes(found)
+    return found
+
+
+def _check_shapes(head: Head) -> None:
+    """Refuse a head whose tensors do not fit each other, or are no numbers. Raises CheckpointError."""
+    t, origin = head.tensors, head.origin
+    for name, value in t.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f"{origin}: the head's '{name}' holds NaN or an infinity; get it again")
+        if value.ndim != (0 if name == "logit_scale" else 1 if name.endswith("bias") else 2):
+            raise CheckpointError(f"{origin}: the head's '{name}' is {list(value.shape)}, which no head has")
+    if (DOWN in t) != (UP in t) or (DOWN in t and t[DOWN].shape != t[UP].shape[::-1]):
+        raise CheckpointError(f"{origin}: the head's '{DOWN}' and '{UP}' must be [rank, width] and [width, rank]")
+    chain = [
+        name for name in ("visual_projection.weight", "text_embeddings", "dense.weight", "out_proj.weight") if name in t
+    ]
+    for first, second in itertools.pairwise(chain):
+        if t[first].shape[0] != t[second].shape[1]:
+            raise CheckpointError(f"{origin}: the head's '{second}' does not read what its '{first}' gives")
+    for name in ("bias", "dense.bias", "out_proj.bias"):
+        weight = f"{name.removesuffix('bias')}weight"
+        if name in t and weight in t and len(t[name]) != len(t[weight]):
+            raise CheckpointError(
+                f"{origin}: the head's '{name}' has {len(t[name])} entries for {len(t[weight])} outputs"
+            )
 
 
 def read_head(path: Path) -> Head:

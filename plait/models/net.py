@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import CheckpointError, MachineError
+from plait.models.configs import AS_DATA, check_config, check_folder, check_processor
 from plait.models.families import Family, Pooling, family_of
 from plait.models.heads import Head
 from plait.models.quiet import quiet
 from plait.routing.layout import Layout, is_routed
+from plait.sources.files import read_object
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,14 @@ class Net:
     def width(self) -> int:
         """Size of the features, from one forward pass of a blank input."""
         blank = _blank(self.family)
-        with torch.inference_mode():
-            return self.features(self.collate([Sample("", blank)])).shape[1]
+        try:
+            with torch.inference_mode():
+                return self.features(self.collate([Sample("", blank)])).shape[1]
+        except Exception as error:  # whatever a damaged tokenizer or config leads to inside of other libraries
+            raise CheckpointError(
+                f"{getattr(self.body.config, 'name_or_path', '') or 'the model'}: cannot be run on any input "
+                f"({_first_line(error)}); its config.json or tokenizer does not fit its weights: download them again"
+            ) from None
 
     def add_heads(self, heads: Mapping[str, Head], classes: Mapping[str, list[str] | None]) -> None:
         """Give the net its heads, checked against the width of the features and the tasks' classes."""
@@ -154,9 +161,11 @@ def load_net(
     chosen = pooling or family.pooling(config)
     with quiet():
         try:
-            body, info = getattr(transformers, family.body).from_pretrained(
-                str(folder), dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
-            )
+            cls = getattr(transformers, family.body)
+            check_folder(folder, cls, label)
+            body, info = cls.from_pretrained(str(folder), dtype=dtype, output_loading_info=True, **AS_DATA)
+        except CheckpointError:
+            raise
         except Exception as error:
             raise CheckpointError(f"{label}: transformers cannot load it: {_first_line(error)}") from None
         unused = () if chosen == "pooler" and family.modality == "text" else family.unused
@@ -193,10 +202,11 @@ def _load_routed(
 def read_config(folder: Path, label: str) -> dict[str, Any]:
     """config.json of a folder, as data."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{label}: config.json cannot be read ({_first_line(error)}); it cannot be run") from None
-    return found if isinstance(found, dict) else {}
+        found, _ = read_object(folder / "config.json", "the model configuration")
+    except CheckpointError as error:
+        raise CheckpointError(f"{label}: config.json cannot be read ({error}); it cannot be run") from None
+    check_config(found, label)
+    return found
 
 
 def import_transformers() -> Any:
@@ -217,13 +227,20 @@ def _processor(family: Family, places: Sequence[Path], label: str) -> Any:
             if family.modality == "image":
                 if not (place / "preprocessor_config.json").is_file():
                     continue
+                check_processor(place)
                 # The pure PIL one: the other backend needs torchvision, and its pixels differ.
-                return transformers.AutoImageProcessor.from_pretrained(str(place), use_fast=False)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
-        except Exception as error:
+                return transformers.AutoImageProcessor.from_pretrained(str(place), use_fast=False, **AS_DATA)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(place), **AS_DATA)
+        except (CheckpointError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the tokenizers' Rust is no Exception
             raise CheckpointError(f"{place}: its processor cannot be loaded: {_first_line(error)}") from None
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise CheckpointError(
+                f"{place}: its tokenizer has no token to pad with, nor one that ends a text; add pad_token"
+            )
         return tokenizer
     raise CheckpointError(
         f"{label}: neither it nor the suite's base has a preprocessor_config.json; add it to the base's folder"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import CheckpointError, MachineError
+from plait.models.configs import check_config, check_size
 from plait.models.families import family_of
 from plait.models.quiet import quiet
 from plait.routing.layout import WEIGHTS, Layout, dumped
@@ -37,6 +38,8 @@ def from_pretrained(
     folder = local_folder(path)
     label = str(path)
     layout, config = Layout.of(read_config(folder), label)
+    check_config(config, label)
+    family_of(config, label)
     stored = read_weights(folder, label)
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not isinstance(wanted, torch.dtype):
@@ -97,7 +100,9 @@ def check_names(stored: Mapping[str, Tensor], layout: Layout, config: Mapping[st
     extra = [name for name in stored if ".experts." in name and name not in shapes]
     if extra:
         raise CheckpointError(f"{label}/{WEIGHTS}: holds '{extra[0]}', which config.json does not describe")
-    allowed = {p for p, _ in skeleton(config, layout.architecture, label).state_dict().items()}
+    body = skeleton(config, layout.architecture, label)
+    check_size(body, sum(value.numel() for value in stored.values()), label)
+    allowed = set(body.state_dict())
     base = {_plain(name, layout) for name in stored if not _is_own(name)}
     foreign = sorted(base - allowed)
     if foreign:

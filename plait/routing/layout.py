@@ -15,6 +15,8 @@ MODEL_TYPE = "plait_routed"
 WEIGHTS = "routed.safetensors"
 """Not model.safetensors, for the same reason."""
 FORMAT = 1
+_WIDEST = 1 << 20
+"""Of a router's input, and of what it counts."""
 
 
 @dataclass
@@ -33,6 +35,20 @@ class Layout:
     """Layer → its parameter → how the experts' are stored."""
     groups: list[list[str]] = field(default_factory=list)
     """Layers that share one route, the one that sees the input first; for routers of kind layers and subspace."""
+
+    def _check_router(self, label: str) -> None:
+        needs = {"layers": ("depth",), "features": ("width",), "subspace": ("directions", "top")}
+        for key in ("depth", "width", "directions", "top"):
+            value, most = self.router.get(key), 2 if key == "depth" else _WIDEST
+            if value is None and key not in needs.get(self.router["kind"], ()):
+                continue
+            if type(value) is not int or not 0 <= value <= most:
+                raise CheckpointError(
+                    f"{label}: config.json: the router's {key} is {value!r:.40}; it must be 0 to {most}"
+                )
+        for group in self.groups:
+            if not group or any(layer not in self.layers for layer in group):
+                raise CheckpointError(f"{label}: config.json: groups names layers that are not routed: {group!r:.80}")
 
     def config(self, base: Mapping[str, Any]) -> dict[str, Any]:
         """The base's config.json with the layout in it."""
@@ -70,10 +86,11 @@ class Layout:
                 str(data["method"]), kind, str(data["architecture"]), tasks, router, layers,
                 [[str(layer) for layer in group] for group in data["groups"]],
             )  # fmt: skip
-        except (KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError, ValueError):
             raise CheckpointError(f"{label}: config.json: its description of routed layers is damaged") from None
         if router.get("kind") not in ("layers", "features", "task", "subspace") or not tasks:
             raise CheckpointError(f"{label}: config.json: has a router of a kind that is not known")
+        found._check_router(label)
         rest = {key: value for key, value in config.items() if key not in ("plait", "auto_map")}
         return found, {**rest, "model_type": kind, "architectures": [found.architecture]}
 
@@ -85,7 +102,12 @@ def is_routed(config: Mapping[str, Any]) -> bool:
 
 def is_switched(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is a model's that must be told the task."""
-    return is_routed(config) and config.get("plait", {}).get("router", {}).get("kind") == "task"
+    for key in ("plait", "router"):
+        inner = config.get(key)
+        if not isinstance(inner, Mapping) or (key == "plait" and not is_routed(config)):
+            return False
+        config = inner
+    return config.get("kind") == "task"
 
 
 def dumped(config: Mapping[str, Any]) -> bytes:

@@ -148,6 +148,12 @@ def make_routed(body: Any, layout: Layout, stored: Mapping[str, Tensor]) -> Any:
             base = body.get_submodule(name)
         except AttributeError:
             raise CheckpointError(f"config.json: routes '{name}', which {type(body).__name__} lacks") from None
+        for own, store in stores.items():
+            value = getattr(base, own, None)
+            if not isinstance(value, Tensor) or tuple(value.shape) != store.shape:
+                raise CheckpointError(
+                    f"config.json: describes experts of '{name}.{own}' as {list(store.shape)}, which that layer is not"
+                )
         parts = {
             own.replace(".", "/"): Parts(store, experts_of(stored, f"{name}.experts.{own.replace('.', '/')}."))
             for own, store in stores.items()
@@ -211,7 +217,8 @@ def _routers(body: Any, layout: Layout, stored: Mapping[str, Tensor]) -> nn.Modu
     for place, group in enumerate(layout.groups):
         first: Any = body.get_submodule(group[0])
         widths[place] = first.base.in_features
-    modules = router_shapes(layout, widths)
+    with torch.device("meta"):  # the sizes are the file's word: nothing is made before the tensors bear them out
+        modules = router_shapes(layout, widths)
     values = experts_of(stored, f"{ROUTERS}.")
     for name, expected in modules.state_dict().items():
         value = values.get(name)

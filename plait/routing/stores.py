@@ -131,15 +131,18 @@ class Store:
         """From config.json, which may be a stranger's. Raises CheckpointError."""
         try:
             kind, precision = data["store"], data["precision"]
-            shape = tuple(int(size) for size in data["shape"])
-            ranks, counts = (tuple(int(v) for v in data.get(key, ())) for key in ("ranks", "counts"))
-        except (KeyError, TypeError, ValueError, AttributeError):
+            shape, ranks, counts = (tuple(data.get(key, ())) for key in ("shape", "ranks", "counts"))
+        except (KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{where}: is no description of stored experts; the file is damaged") from None
         kinds, precisions = ("dense", "low_rank", "pruned", "masked"), (*FLOATS, "int8", "int4")
-        known = kind in kinds and precision in precisions
-        sizes = [*shape, *ranks, *counts]
-        fits = {"low_rank": len(ranks) == experts and len(shape) == 2, "pruned": len(counts) == experts}.get(kind, True)
-        if not known or not fits or any(size < 0 for size in sizes):
+        known = isinstance(kind, str) and kind in kinds and isinstance(precision, str) and precision in precisions
+        sizes = (*shape, *ranks, *counts)
+        fits = {"low_rank": len(ranks) == experts and len(shape) == 2, "pruned": len(counts) == experts}
+        if (
+            not known
+            or not fits.get(kind, True)
+            or any(type(size) is not int or not 0 <= size < 1 << 40 for size in sizes)
+        ):
             raise CheckpointError(f"{where}: describes experts in a form that this version of Plait does not know")
         return cls(kind, shape, experts, precision, ranks, counts)
 

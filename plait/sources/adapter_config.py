@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ _HARMLESS = {
     "merge_weights", "_custom_modules",
 }  # fmt: skip
 _MERGE_FIRST = "Merge it with peft (merge_and_unload), save the result, and give that folder instead."
+_ALPHA_LIMIT = 1e6
+"""Of lora_alpha: people take up to some hundreds; far larger ones make every weight overflow."""
 _PATTERN_LIMIT, _NAME_LIMIT, _DOTS_LIMIT = 200, 200, 20
 """With three growing quantifiers at most, these keep the worst match under a second."""
 
@@ -97,8 +100,10 @@ def compile_pattern(pattern: str, key: str, path: Path) -> re.Pattern[str]:
             f"{where} may take very long to match (nested or many quantifiers). Write the module names instead."
         )
     try:
-        return re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings():  # of what later versions of Python read otherwise
+            warnings.simplefilter("error")
+            return re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError, Warning) as error:
         reason = f"is not a regular expression ({error})"
         raise CheckpointError(f"{where} {reason}. Write the module names instead.") from None
 
@@ -157,9 +162,11 @@ def _rank(value: object, key: str, path: Path) -> int:
 
 
 def _alpha(value: object, key: str, path: Path) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):  # pyright: ignore[reportArgumentType]
-        raise CheckpointError(f"{path}: {key} must be a finite number, got {value!r:.40}. Download the adapter again.")
-    return float(value)  # pyright: ignore[reportArgumentType]
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _ALPHA_LIMIT:
+        return float(value)
+    raise CheckpointError(
+        f"{path}: {key} must be a number under {_ALPHA_LIMIT:g}, got {value!r:.40}. Download the adapter again."
+    )
 
 
 def _flag(data: Mapping[str, Any], key: str, path: Path) -> bool:

@@ -6,8 +6,10 @@ Everything here turns a fault of a file into a `CheckpointError` that names the 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +22,7 @@ _Item = TypeVar("_Item")
 
 CONFIG_LIMIT = 16 << 20
 INDEX_LIMIT = 100 << 20
+_LINE_LIMIT, _DEPTH_LIMIT = 256 << 20, 100
 HEAD_FILE = "head.safetensors"
 """A task head kept beside a model: not a part of the model's own weights."""
 
@@ -85,15 +88,42 @@ def parse_object(data: bytes, path: Path, what: str) -> dict[str, Any]:
 
 def read_object(path: Path, what: str, limit: int = CONFIG_LIMIT) -> tuple[dict[str, Any], bytes]:
     """A small JSON file as data, with the bytes it was read from."""
+    data = read_whole(path, limit, what)
+    return parse_object(data, path, what), data
+
+
+def read_whole(path: Path, limit: int, what: str = "the file") -> bytes:
+    """A small regular file."""
     descriptor = open_regular(path)
     try:
         size = os.fstat(descriptor).st_size
         if size > limit:
             raise CheckpointError(f"{path}: {what} has {size} bytes; the limit is {limit}. This is not a real one.")
-        data = read_bytes(descriptor, 0, size, path)
+        return read_bytes(descriptor, 0, size, path)
     finally:
         os.close(descriptor)
-    return parse_object(data, path, what), data
+
+
+def check_depth(path: Path) -> None:
+    """Refuse JSON, or JSON lines, that nests deeper than data does: Arrow's parser would end the process."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        for number in itertools.count(1):
+            line = file.readline(_LINE_LIMIT + 1)
+            if not line:
+                return
+            where = f"{path}: line {number}"
+            if len(line) > _LINE_LIMIT:
+                raise CheckpointError(f"{where} has more than {_LINE_LIMIT >> 20} MB. Write one record a line.")
+            if line.count(b"[") + line.count(b"{") > _DEPTH_LIMIT and _depth(line) > _DEPTH_LIMIT:
+                raise CheckpointError(f"{where} nests more than {_DEPTH_LIMIT} levels. This is no table of data.")
+
+
+def _depth(text: bytes) -> int:
+    depth = deepest = 0
+    for mark in re.findall(rb"[\[\]{}]", re.sub(rb'"(?:\\.|[^"\\])*"', b"", text)):
+        depth += 1 if mark in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -117,6 +147,20 @@ def read_index(path: Path) -> tuple[dict[str, list[str]], bytes]:
             )
         shards.setdefault(file, []).append(tensor)
     return dict(sorted(shards.items())), data
+
+
+def check_inside(path: Path) -> None:
+    """Refuse a shard that is a link out of its folder; a hub snapshot links to its own cache, which is meant.
+
+    Whoever made the index chose the names: such a link would put files of this machine into the merged model.
+    """
+    folder = path.parent.resolve()
+    roots = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in roots):
+        raise CheckpointError(
+            f"{path}: is a link that leaves its folder, to {path.resolve()}. Copy the file into the folder if it "
+            "belongs to this checkpoint."
+        )
 
 
 def plain_name(name: str) -> bool:

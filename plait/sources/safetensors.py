@@ -137,6 +137,7 @@ class SafetensorsSource:
         self._header_hashes[entry.name] = files.sha256(data)
         seen: dict[str, Path] = {}
         for file, listed in shards.items():
+            files.check_inside(entry.parent / file)
             if not (entry.parent / file).exists():
                 raise CheckpointError(
                     f"{entry.parent / file}: is missing, though {entry.name} lists it. Download this shard again."

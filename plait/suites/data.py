@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import CheckpointError, MachineError, RecipeError, nearest
+from plait.sources.files import check_depth, read_whole
 from plait.suites.definition import DataEntry, Suite
 
 _READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json"}
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _INPUTS = ("image", "img", "text", "sentence", "sms", "content", "file_name")
 _LABELS = ("label", "labels", "fine_label", "class")
+_MOST_PIXELS, _MOST_BYTES = 1 << 26, 256 << 20
+"""Of one image: 200 MB once it is decoded."""
 _NO_ROWS = "{where}: holds no rows; give a file with at least one"
 
 
@@ -131,7 +134,14 @@ class Split:
         content = self._bytes(value, row)
         try:
             with Image.open(io.BytesIO(content)) as image:
+                if image.width * image.height > _MOST_PIXELS:
+                    raise CheckpointError(
+                        f"{self.where}: row {row}: the image has {image.width} × {image.height} pixels, more than "
+                        f"{_MOST_PIXELS / 1e6:.0f} million; remove it, or make it smaller"
+                    )
                 return image.convert("RGB")
+        except CheckpointError:
+            raise
         except Exception as error:
             raise CheckpointError(
                 f"{self.where}: row {row}: the image cannot be decoded ({type(error).__name__}); remove or replace it"
@@ -143,11 +153,9 @@ class Split:
         if value.get("bytes") is not None:
             return value["bytes"]
         try:
-            return Path(value["path"]).read_bytes()
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.where}: row {row}: {value['path']} cannot be read: {error.strerror}; bring the file back"
-            ) from None
+            return read_whole(Path(value["path"]), _MOST_BYTES)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.where}: row {row}: {error}") from None
 
     def _text(self, value: Any, row: int, column: str) -> str:
         if not isinstance(value, str):
@@ -202,6 +210,8 @@ def _read(suite: Suite, entry: DataEntry) -> Any:
             )
         if reader is None:
             raise RecipeError(f"{path}: is not a kind of data file that Plait reads ({', '.join(_READERS)})")
+        if reader == "json":
+            check_depth(path)
         if path.suffix.lower() == ".tsv":
             options["sep"] = "\t"
         return _not_empty(datasets.load_dataset(reader, data_files=str(path), **options), entry)

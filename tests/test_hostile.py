@@ -1,0 +1,60 @@
+"""The hostile corpus against every verb, in this process; `make hostile` gives each a process, and measures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from fuzz import targets
+from hostile import attack
+from hostile.corpus import CASES, World
+
+from plait import cli
+
+CRASHES = sorted((Path(__file__).parent / "fuzz" / "crashes").iterdir())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    datasets.utils.disable_progress_bars()
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hostile(
+    name: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case, here = CASES[name], tmp_path / "here"
+    here.mkdir()
+    fault = case.build(here, world)
+    monkeypatch.setattr(sys, "argv", ["plait", *attack.words(case.words, tmp_path, world.root)])
+    monkeypatch.setenv("PLAIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    before = attack.listing(tmp_path)
+    capfd.readouterr()
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        torch.set_num_threads(1)
+    facts = {"outcome": case.outcome, "fault": fault}
+    out, err = capfd.readouterr()
+    assert attack.problems(facts, code, out + err, tmp_path, before) == [], out + err
+
+
+@pytest.mark.parametrize("path", CRASHES, ids=lambda path: path.name)
+def test_what_fuzzing_broke_stays_repaired(path: Path) -> None:
+    assert targets.run(path.name.rpartition("-")[0], path.read_bytes()) is None
+
+
+@pytest.mark.parametrize("target", targets.TARGETS)
+def test_seeds_of_the_fuzzer_are_fine(target: str) -> None:
+    """A seed that is refused at once would let nothing through to where bugs are."""
+    for data in targets.seeds(target):
+        assert targets.run(target, data) is None
+        assert targets.last_place() is None, f"refused: {data[:200]!r}"
