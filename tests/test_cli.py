@@ -535,6 +535,18 @@ assert not heavy, heavy
     assert run.stdout or "did you mean 'density'" in run.stderr
 
 
+def test_a_plan_of_a_large_model_is_made_from_headers_alone(call: Call, tmp_path: Path) -> None:
+    """Llama 8B and two experts: 48 GB of sparse files, which take no space; bench/headers.py makes larger ones too."""
+    script = Path(__file__).parent.parent / "bench" / "headers.py"
+    made = [sys.executable, script, tmp_path / "llama", "--size", "8B", "--experts", "2", "--method", "linear"]
+    subprocess.run(made, check=True, capture_output=True, timeout=60)
+    plan = call("plan", tmp_path / "llama" / "recipe.yaml", "--json").data
+    assert (plan["merged"], plan["copied"]) == (291, 0)
+    assert plan["bytes_out"] == 2 * 8_030_261_248
+    assert plan["bytes_in"] == 2 * plan["bytes_out"], "linear reads no base"
+    assert plan["seconds_estimate"] > 10
+
+
 def test_help_names_every_verb(call: Call) -> None:
     result = call("--help")
     assert result.code == 0
