@@ -1,10 +1,10 @@
-# make setup | demo | test | suite | lint | experts | bench. Everything is installed into .venv here.
+# make setup | demo | test | hostile | fuzz | licences | suite | lint | experts | bench. Everything is installed into .venv here.
 VENV := .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test suite lint experts bench clean
+.PHONY: setup demo test hostile fuzz licences suite lint experts bench clean
 
 setup: $(READY)
 
@@ -21,6 +21,17 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest
+
+# Every hostile file against the command line, with time and memory: some minutes.
+hostile: setup
+	$(PY) tests/hostile/attack.py
+
+# FUZZ_SECONDS=600 in all; FUZZ=--guided grows cases by coverage, where atheris is installed.
+fuzz: setup
+	$(PY) tests/fuzz/run.py $(FUZZ)
+
+licences: setup
+	$(PY) tools/licences.py
 
 # Builds the two main suites in the user's cache (PLAIT_CACHE says where), then measures the plain methods on both.
 suite: setup

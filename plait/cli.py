@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,17 @@ Data = Annotated[
     str | None, typer.Option("--data", help="Suite to learn from (its adapt splits), where there is no recipe file.")
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", "-s", help="A parameter, such as density=0.2.")]
+
+
+@app.callback()
+def options(
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Never use the network: hub ids must be in the cache already.")
+    ] = False,
+) -> None:
+    """Merge several fine-tuned experts of one base model into one multi-task model."""
+    if offline:  # read by huggingface_hub, datasets and transformers when a verb imports them
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @app.command()
@@ -256,8 +268,11 @@ cli_measure.register(app)
 
 def main() -> None:
     """Run the command line. Exit code 2: your recipe or call; 3: your files; 1: the machine, or a bug of ours."""
+    words = sys.argv[1:]
+    if "--offline" in words:  # of the program and not of a verb, but people write it anywhere
+        words = ["--offline", *(word for word in words if word != "--offline")]
     try:
-        code = app(standalone_mode=False)
+        code = app(words, standalone_mode=False)
     except PlaitError as error:
         typer.echo(f"plait: {error}", err=True)
         sys.exit(error.exit_code)
