@@ -1,11 +1,11 @@
-# make setup | demo | test | ray | suite | lint | experts | bench. Everything is installed into .venv here.
+# make setup | demo | test | hostile | fuzz | ray | licences | suite | lint | experts | bench. All is installed into .venv here.
 VENV := .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 READY := $(VENV)/.ready
 READY_RAY := $(VENV)/.ready-ray
 
-.PHONY: setup demo test ray suite lint experts bench clean
+.PHONY: setup demo test hostile fuzz ray licences suite lint experts bench clean
 
 setup: $(READY)
 
@@ -22,6 +22,17 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest
+
+# Every hostile file against the command line, with time and memory: some minutes.
+hostile: setup
+	$(PY) tests/hostile/attack.py
+
+# FUZZ_SECONDS=600 in all; FUZZ=--guided grows cases by coverage, where atheris is installed.
+fuzz: setup
+	$(PY) tests/fuzz/run.py $(FUZZ)
+
+licences: setup
+	$(PY) tools/licences.py
 
 # Merges on a Ray cluster of this machine: two workers, one of which is killed. Ray is no part of `make test`.
 ray: $(READY_RAY)

@@ -9,10 +9,14 @@ ties([a, b], base=base, density=0.2)                         # tensors or state 
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from plait.errors import CheckpointError, MachineError, PlaitError, RecipeError
 from plait.routing.auto import install as _install
+
+# Nothing is told to anybody: huggingface_hub reads this when something here imports it.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from plait.plan import Plan, make_plan

@@ -36,6 +36,17 @@ Data = Annotated[
 Settings = Annotated[list[str] | None, typer.Option("--set", "-s", help="A parameter, such as density=0.2.")]
 
 
+@app.callback()
+def options(
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Never use the network: hub ids must be in the cache already.")
+    ] = False,
+) -> None:
+    """Merge several fine-tuned experts of one base model into one multi-task model."""
+    if offline:  # read by huggingface_hub, datasets and transformers when a verb imports them
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 @app.command()
 def init(method: Annotated[str, typer.Argument(help="Method the recipe is for.")] = "task_arithmetic") -> None:
     """Print a commented recipe to start from."""
@@ -263,8 +274,11 @@ def main() -> None:
     """Run the command line. Exit code 2: your recipe or call; 3: your files; 1: the machine, or a bug of ours."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # it would read every installed package's metadata for them
     gc.set_threshold(10_000)  # imports and plans make many objects and no garbage
+    words = sys.argv[1:]
+    if "--offline" in words:  # of the program and not of a verb, but people write it anywhere
+        words = ["--offline", *(word for word in words if word != "--offline")]
     try:
-        code = app(standalone_mode=False)
+        code = app(words, standalone_mode=False)
     except PlaitError as error:
         typer.echo(f"plait: {error}", err=True)
         sys.exit(error.exit_code)

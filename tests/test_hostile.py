@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 from fuzz import targets
@@ -15,6 +16,13 @@ from hostile.corpus import CASES, World
 from plait import cli
 
 CRASHES = sorted((Path(__file__).parent / "fuzz" / "crashes").iterdir())
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set of a stranger's name is not looked for."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,9 @@ METHODS = ["Block", "MergeMethod", "PerModel", "Range", "adamerging", "adamergin
 # From left to right: a module imports from what stands before it only.
 ORDER = [
     "lazy", "errors", "places", "threads", "units", "digests", "dtypes", "yamlfile", "recipe",
-    "kernels.job", "kernels.native", "kernels.loops", "kernels.build", "methods.stream", "methods.draws", "kernels.fused",
-    "kernels.worker", "kernels.selection", "kernels", "methods.block", "methods.sums", "methods.contract", "methods.memory",
+    "kernels.job", "kernels.native", "kernels.loops", "kernels.build", "kernels.fused",
+    "methods.stream", "methods.draws", "kernels.worker", "kernels.selection", "kernels",
+    "methods.block", "methods.sums", "methods.contract", "methods.memory",
     "methods.select", "methods.transforms", "methods.survey", "methods.combines", "methods.matrices",
     "methods.finishes",
     "methods.geodesic", "methods.granules", "methods.awd_descent", "methods.awd_adam", "methods.awd", "methods.others",
@@ -38,8 +39,9 @@ ORDER = [
     "methods.presets", "methods.routed", "methods", "methods.compose", "settings",
     "sources.base", "sources.files", "sources.folder", "sources.adapter_config", "sources.adapter_keys", "sources.hub",
     "sources.safetensors", "sources.torchfile", "sources.adapter", "sources.remapped", "sources",
-    "follow", "writer", "statefacts", "state", "tokens", "names", "layers", "renames", "experts", "vocabulary", "layout",
-    "decide", "plan", "nonfinite", "engine", "engine_ray", "suites.definition", "suites.places", "suites.data",
+    "follow", "writer", "statefacts", "state", "tokens", "names", "layers", "renames", "experts", "vocabulary",
+    "layout", "decide", "plan", "nonfinite", "engine", "engine_ray",
+    "suites.definition", "suites.places", "suites.data",
     "models.families", "models.quiet", "models.configs",
     "routing.packing", "routing.stores", "routing.mixing", "routing.layers", "routing.routers", "routing.layout",
     "routing.skeleton", "routing.model", "routing.files", "routing.auto", "routing.experts", "routing.build", "routing",

@@ -8,14 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from plait.kernels import job as J
-
-if TYPE_CHECKING:
-    from plait.kernels.worker import Worker
-    from plait.methods.block import Block
-    from plait.methods.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,8 @@ class Stored:
 class Raw:
     """The stored bytes behind a block, and the loops that read them."""
 
-    worker: Worker
+    worker: Any
+    """This thread's `kernels.worker.Worker`."""
     models: Sequence[Stored]
     base: Stored | None
     out: int
@@ -45,7 +41,8 @@ class Raw:
 class Fused:
     """A chain of stages over a block's weights or task vectors."""
 
-    block: Block
+    block: Any
+    """The `methods.block.Block`, whose `raw` is there."""
     source: int
     sparsify: int = J.NOTHING
     cuts: Sequence[Sequence[Any]] = ()
@@ -85,7 +82,13 @@ _ORDER = ("sparsify", "factors", "combine", "scale", "on_base")
 """The order of the loops' stages. A stage that comes twice, or too late, is left to torch."""
 
 
-def described(stream: Stream, **stage: Any) -> Fused | None:
+class Describable(Protocol):
+    """A stream."""
+
+    fused: Fused | None
+
+
+def described(stream: Describable, **stage: Any) -> Fused | None:
     """The stream's description with one stage more, or None where the loops cannot do it."""
     fused = stream.fused
     if fused is None:
