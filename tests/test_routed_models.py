@@ -295,3 +295,17 @@ class TestErrors:
     def test_too_little_memory(self, parts: tuple[Path, list[Path]], tmp_path: Path) -> None:
         with pytest.raises(MachineError, match="whole tensors"):
             plait.merge(recipe(*parts, "emr"), tmp_path / "out", memory="300KB")
+
+
+def test_an_older_bert_with_saved_position_ids(tmp_path: Path) -> None:
+    """Checkpoints of before transformers 4.31 hold a buffer that today's models make by themselves."""
+    base = pico.make_bert(tmp_path / "base")
+    experts = pico.experts(tmp_path / "experts", base, 2)
+    for folder in (base, *experts):
+        tensors = pico.read(folder)
+        tensors["embeddings.position_ids"] = torch.arange(64)[None]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    merged = plait.merge(recipe(base, experts, "smile"), tmp_path / "out")
+    assert any("position_ids" in note for note in merged.notes)
+    model = plait.from_pretrained(tmp_path / "out")
+    assert torch.isfinite(model(input_ids=torch.tensor([[1, 2, 3]])).last_hidden_state).all()

@@ -54,7 +54,8 @@ def memory_names(body: nn.Module, config: Mapping[str, Any], names: list[str], l
     renamed = in_memory_names(config, names)
     spelled = {renamed.get(name, name): name for name in names}
     have = [name for name, _ in body.named_parameters(remove_duplicate=False)]
-    have += [name for name, _ in body.named_buffers() if name not in have]
+    # Buffers that are saved; older checkpoints hold others too (position_ids), which a model makes by itself.
+    have += [name for name in body.state_dict() if name not in have]
     found = align(have, list(spelled), type(body).__name__, label)
     pairs = {spelled[stored]: own for own, stored in found.names.items()}
     known = set(have)
