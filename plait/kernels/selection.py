@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from plait.kernels.fused import Fused
@@ -19,9 +20,11 @@ from plait.methods.stream import Piece
 
 SMALL = 1 << 16
 """Entries up to which everything is kept between the bounds."""
-_SPAN = 1024
-_SAMPLE = 32
+_SPAN = 4096
+_SAMPLE = 24
 """Runs of _SPAN entries that are looked at beforehand."""
+_BINS = 1 << 20
+"""Different magnitudes that are counted one by one; more are sorted."""
 _TRIES = (5.0, 0.0, 40.0)
 """Standard errors of the sample's ranks between the bounds. With none it is one magnitude, which very many share."""
 KEPT = 1 << 25
@@ -35,7 +38,7 @@ class Tally:
     above: int
     low: int
     inside: np.ndarray
-    """Bits, in the order of positions; empty where all are `low`."""
+    """Bits, in the order of positions; empty where all are `low`. Of a single tensor: good until its next tally."""
     ends: list[int]
     """How many there are up to the end of each piece."""
 
@@ -43,7 +46,7 @@ class Tally:
 def largest(fused: Fused, counts: Sequence[Sequence[int]], make: Any, trivial: Any) -> list[list[Any]] | None:
     """The cuts of `select.largest` (made by `make` and `trivial`), or None where two tries found none."""
     numel, rows = fused.block.grid.numel, fused.rows
-    sizes = None if numel <= SMALL else np.sort(sample(fused, _SAMPLE), axis=1)
+    sizes = None if numel <= SMALL else sample(fused, _SAMPLE)
     result: list[list[Any]] = [[] for _ in range(rows)]
     for wanted in zip(*counts, strict=True):
         cuts: list[Any] | None = None
@@ -81,18 +84,19 @@ def sample(fused: Fused, spans: int) -> np.ndarray:
     return np.concatenate([worker.magnitudes(fused, Piece(0, start, start + width)).copy() for start in starts], axis=1)
 
 
-def between(row: np.ndarray, share: float, sure: float, runs: float = 1.0) -> tuple[int, int]:
-    """Bounds that the magnitude below the `share` largest lies between, by a sorted sample."""
+def between(row: np.ndarray, share: float, sure: float) -> tuple[int, int]:
+    """Bounds that the magnitude below the `share` largest lies between, by a sample, which is sorted in part."""
     size = len(row)
-    slack = sure * runs * math.sqrt(size * share * (1 - share)) + (2 if sure else 0)
+    slack = sure * math.sqrt(size * share * (1 - share)) + (2 if sure else 0)
     low, high = math.floor(size * (1 - share) - slack), math.floor(size * (1 - share) + slack)
+    row.partition(sorted({min(max(low, 0), size - 1), min(high, size - 1)}))
     return (0 if low < 0 else int(row[low])), (TOP - 1 if high >= size else int(row[high]))
 
 
 def tally(fused: Fused, bounds: Sequence[tuple[int, int]], rooms: Sequence[int]) -> list[Tally] | None:
     """One pass over a tensor; None where the candidates do not fit."""
     assert fused.block.raw is not None
-    kept = [np.empty(room, dtype=np.uint32) for room in rooms]
+    kept = [fused.block.raw.worker.room(k, room) for k, room in enumerate(rooms)]
     found, above = [0] * len(rooms), [0] * len(rooms)
     ends: list[list[int]] = [[] for _ in rooms]
     for piece in fused.block.grid:
@@ -102,7 +106,7 @@ def tally(fused: Fused, bounds: Sequence[tuple[int, int]], rooms: Sequence[int])
             return None
         for row, count in zip(ends, found, strict=True):
             row.append(count)
-    stored = [row[: 0 if low == high else f].copy() for row, f, (low, high) in zip(kept, found, bounds, strict=True)]
+    stored = [row[: 0 if low == high else f] for row, f, (low, high) in zip(kept, found, bounds, strict=True)]
     return [Tally(*each) for each in zip(above, [low for low, _ in bounds], stored, ends, strict=True)]
 
 
@@ -126,22 +130,36 @@ def settle(found: Tally, count: int, numel: int, make: Any, trivial: Any) -> Any
 
 def locate(tallies: Sequence[Tally], wanted: int) -> tuple[int, int, int] | None:
     """(bits, quota, equals) of the `wanted`-th largest of all these candidates, or None when there are fewer."""
-    whole = np.concatenate([tally.inside for tally in tallies])
-    alike = sum(tally.ends[-1] for tally in tallies if tally.ends) if not len(whole) else 0
-    if 0 < wanted <= alike:
-        return tallies[0].low, wanted, alike
-    if not 0 < wanted <= len(whole):
+    parts = [tally.inside for tally in tallies if len(tally.inside)]
+    low = tallies[0].low
+    if not parts:
+        alike = sum(tally.ends[-1] for tally in tallies if tally.ends)
+        return (low, wanted, alike) if 0 < wanted <= alike else None
+    if not 0 < wanted <= sum(map(len, parts)):
         return None
-    bits = int(np.partition(whole, len(whole) - wanted)[len(whole) - wanted])
-    return bits, wanted - int(np.count_nonzero(whole > bits)), int(np.count_nonzero(whole == bits))
+    wide = max(int(part.max()) for part in parts) - low + 1
+    if wide > _BINS:
+        whole = np.sort(np.concatenate(parts))
+        bits = whole[len(whole) - wanted]
+        first, last = (int(np.searchsorted(whole, bits, side)) for side in ("left", "right"))
+        return int(bits), wanted - (len(whole) - last), last - first
+    counts = np.zeros(wide, dtype=np.int64)
+    for part in parts:  # magnitudes of bfloat16 differences are few, and numpy's partition is slow among equals
+        counts += np.bincount(part - np.uint32(low), minlength=wide)
+    from_top = np.cumsum(counts[::-1])
+    at = int(np.searchsorted(from_top, wanted))
+    equals = int(counts[wide - 1 - at])
+    return low + wide - 1 - at, wanted - (int(from_top[at]) - equals), equals
 
 
 def before(found: Tally, bits: int) -> list[int]:
     """For each piece, how many entries that equal a cut come earlier; one more than pieces, the total."""
     if not len(found.inside):
         return [0, *found.ends]
-    running = np.concatenate([[0], np.cumsum(found.inside == bits)])
-    return [0, *(int(running[end]) for end in found.ends)]
+    equal, running = found.inside == bits, [0]
+    for begin, end in pairwise([0, *found.ends]):
+        running.append(running[-1] + int(np.count_nonzero(equal[begin:end])))
+    return running
 
 
 # The same over all tensors of a model.
@@ -210,4 +228,5 @@ def tally_of(block: Any, bounds: Sequence[tuple[int, int]]) -> list[Tally] | Non
     if not block.grid.numel:
         return []
     room = min(block.grid.numel, _MODEL_KEPT // (4 * len(bounds))) + 16
-    return tally(block.deltas.fused, bounds, [room] * len(bounds))
+    found = tally(block.deltas.fused, bounds, [room] * len(bounds))
+    return found and [replace(row, inside=row.inside.copy()) for row in found]

@@ -112,6 +112,10 @@ class Worker:
             held = self._buffers[name] = np.empty(size, dtype=np.uint8)
         return held[:size]
 
+    def room(self, row: int, count: int) -> np.ndarray:
+        """Where a row's candidates go: `count` integers, the same memory for every tally."""
+        return self._buffer(f"room {row}", 4 * count).view(np.uint32)
+
     def _sides(self, fused: Fused) -> np.ndarray:
         count = len(fused.block.tasks)
         return self._job[J.HEAD : J.HEAD + J.SIDE * count].reshape(count, J.SIDE)
