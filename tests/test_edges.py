@@ -23,7 +23,11 @@ SUM = ["awd", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "de
 MATRIX = ["iso_c", "iso_cts", "tsv_m", "wudi"]
 """Equal experts are no special case of theirs on a matrix; on a vector they are means (wudi sums)."""
 OTHER = ["consensus", "nearswap", "slerp"]
-LEARNED = [name for name, method in all_methods().items() if method.learned is not None and method.dynamic is None]
+LEARNED = [
+    name for name, method in all_methods().items()
+    if method.learned is not None and method.dynamic is None and method.survey is None
+]  # fmt: skip
+"""With a survey they need a whole merge: tests/test_learn.py."""
 SHAPES = [(), (1,), (0,), (5, 0), (33,), (17, 23)]
 
 
@@ -59,8 +63,6 @@ def merged(name: str, base: torch.Tensor, models: list[torch.Tensor]) -> torch.T
     scope = method.scope_for(keywords, "tensor", tuple(base.shape))
     block = Block.of(models, base, tasks=tasks, scope=scope)
     block.learned = Given(len(models))
-    if method.survey is not None:
-        pytest.skip("surveys are run by whole merges (tests/test_learn.py)")
     return method.fn(block, **keywords).gather().reshape(base.shape)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,9 +12,14 @@ import pytest
 import torch
 from fuzz import targets
 from hostile import attack
+from hostile.asked import EVALUATION
 from hostile.corpus import CASES, World
 
+import plait
 from plait import cli
+from plait.evaluate.results import Evaluation
+from plait.evaluate.tables import evaluation_table
+from plait.show import console
 
 CRASHES = sorted((Path(__file__).parent / "fuzz" / "crashes").iterdir())
 
@@ -66,3 +72,21 @@ def test_seeds_of_the_fuzzer_are_fine(target: str) -> None:
     for data in targets.seeds(target):
         assert targets.run(target, data) is None
         assert targets.last_place() is None, f"refused: {data[:200]!r}"
+
+
+def test_names_of_markup_are_text_in_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "[/red][link=http://x]a[/link]"
+    facts = {**EVALUATION, "tasks": {evil: EVALUATION["tasks"]["a"]}, "suite": {**EVALUATION["suite"], "name": evil}}
+    facts |= {"model": {**EVALUATION["model"], "label": evil}, "routing": None}
+    console().print(evaluation_table(Evaluation.model_validate(facts)))
+    assert capsys.readouterr().out.count(evil) == 3
+
+
+def test_a_model_card_passes_no_markup_on(llama: dict[str, Path], tmp_path: Path) -> None:
+    evil = tmp_path / "<script>alert(1)</script>|x"
+    shutil.copytree(llama["one"], evil)
+    recipe = {"merge_method": "linear", "models": [{"model": str(evil), "name": "a"}], "tokenizer_source": None}
+    card = (plait.merge(recipe, tmp_path / "out").path / "README.md").read_text()
+    table = card.split("## Recipe")[0]
+    assert "<script>" not in table
+    assert "script&gt;\\|x" in table

@@ -32,7 +32,7 @@ def test_local_files_need_no_network(
     asked: list[Any] = []
 
     def refuse(*words: Any, **more: Any) -> None:
-        asked.append("".join(traceback.format_stack(limit=12)))
+        asked.append("".join(traceback.format_stack()))
         raise OSError("no network in this test")
 
     for name in ("connect", "connect_ex"):
@@ -62,12 +62,11 @@ def test_local_files_need_no_network(
     ):
         monkeypatch.setattr(sys, "argv", ["plait", *map(str, words)])
         cli.main()
-    assert asked == []
+    assert not asked, asked[0]
 
 
-@pytest.mark.parametrize("words", [["--offline", "merge"], ["merge", "--offline"]])
-def test_offline_is_honoured(words: list[str], tmp_path: Path) -> None:
-    command = [*words, "-m", "linear", "-e", "someone/some-model", str(tmp_path / "out")]
+def test_offline_is_honoured(tmp_path: Path) -> None:
+    command = ["merge", "--offline", "-m", "linear", "-e", "someone/some-model", str(tmp_path / "out")]
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"HF_HOME": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-c", LISTEN + HUB, *command], env=environment, text=True, capture_output=True, timeout=120
