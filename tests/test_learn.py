@@ -420,7 +420,7 @@ class TestStates:
     def test_writing_twice_gives_the_same_bytes(self, tmp_path: Path) -> None:
         numbers = {"b": torch.arange(3.0), "a": torch.zeros(2, 2, dtype=torch.int8)}
         for name in ("one", "two"):
-            write_state(tmp_path / name, {"method": "x"}, numbers, overwrite=False)
+            write_state(tmp_path / name, {"method": "x"}, numbers, overwrite=False, scratch=tmp_path / "s")
             numbers = dict(reversed(numbers.items()))
         assert files(tmp_path / "one") == files(tmp_path / "two")
 
