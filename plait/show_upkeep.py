@@ -62,7 +62,9 @@ def leftovers_text(found: Sequence[Leftover], removed: Sequence[Leftover]) -> No
     for item in found:
         fate = "; removed" if item.path in gone else f"; kept: {item.kept}" if item.kept else ""
         out.print(
-            f"{item.path}: {item.what} ({show_bytes(item.size)}, {show_seconds(item.age)} old){fate}", markup=False
+            f"{item.path}: {item.what} ({show_bytes(item.size)}, {show_seconds(item.age)} old){fate}",
+            markup=False,
+            soft_wrap=True,
         )
     left = [item for item in found if item.kept is None and item.path not in gone]
     if left:
