@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
@@ -30,7 +30,8 @@ class Stop:
         """
         resume = " with --resume" if sys.argv[1:2] == ["fit"] else ""
         text = f"\nplait: interrupted; run the same command again{resume} to go on\n"
-        sys.stdout.flush()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
         os.write(2, text.lstrip().encode() if not sys.stderr.isatty() else text.encode())
         os._exit(128 + self.signal)
 

@@ -474,7 +474,7 @@ assert not heavy, heavy
 def test_help_names_every_verb(call: Call) -> None:
     result = call("--help")
     assert result.code == 0
-    for verb in ("init", "check", "plan", "merge", "inspect", "methods"):
+    for verb in ("init", "check", "plan", "merge", "inspect", "methods", "verify", "clean"):
         assert re.search(rf"\b{verb}\b", result.out)
         assert call(verb, "--help").code == 0
 
