@@ -75,15 +75,16 @@ class Harness:
         resume: list[str] = []
         for _ in range(self.chance.choice((1, 1, 1, 2, 3))):
             if not self.kill(row, out, old, resume):
-                continue
+                break
             resume = row.scenario.resume if self.chance.random() < 0.7 else []
             if row.scenario.overwrite and tree(out) == row.digest:
                 old = row.digest
             if out.exists() and not row.scenario.overwrite:
                 break
+        done = out.exists() and not row.scenario.overwrite
         ended = process.call(self.words(row.scenario, out) + resume, self.told, often)
         whole = out.exists() and tree(out) == row.digest
-        if ended.code == 2 and "exists already" in ended.told:  # the kill came after the rename
+        if done and ended.code == 2 and "exists already" in ended.told:  # it was whole before
             process.call(["clean", str(self.place), "--remove"], self.told)
         elif ended.code != 0:
             row.faults.append(f"the command run again ended with {ended.code}: {ended.told[-400:]}")

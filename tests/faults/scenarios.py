@@ -76,10 +76,10 @@ def learned_and_routed(root: Path) -> list[Scenario]:
     models = [{"model": str(suite.expert(task)), "name": task} for task in mini_suite.CLASSES]
     common = {"base_model": str(suite.base), "models": models}
     data = {"data": str(suite.root / "suite.yaml")}
-    steps = {"steps": 12, "batch": 8}
+    steps = {"steps": 6, "batch": 4}
     fits = {
         "adamerging": {"merge_method": "adamerging", **data, "fit": steps},
-        "concrete": {"merge_method": "concrete_adamerging", **data, "fit": {**steps, "finetune_steps": 6}},
+        "concrete": {"merge_method": "concrete_adamerging", **data, "fit": {**steps, "finetune_steps": 3}},
         "regmean": {"merge_method": "regmean", **data},
     }
     found = []

@@ -477,6 +477,22 @@ def test_what_was_not_synced_before_a_reboot_is_merged_again(
     assert folder_hash(tmp_path / "out") == whole(recipe)
 
 
+def test_a_fit_that_is_killed_after_its_last_step_ends_alike(
+    mini: MiniSuite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Routers tell of their last step, which a fit that goes on does not take again."""
+    path = learned(mini, tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "merge_method": "wemoe"}))
+    plait.fit(path, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("plait.learn.fit.write_state", lambda *given, **named: stop())
+        with pytest.raises(KeyboardInterrupt):
+            plait.fit(path, tmp_path / "killed")
+    plait.fit(path, tmp_path / "killed", resume=True)
+    for name in ("state.json", "state.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 @pytest.fixture(autouse=True)
 def _no_leak() -> Iterator[None]:
     """No fault may leave a descriptor open."""

@@ -37,5 +37,7 @@ def test_other_digests_are_seen() -> None:
     assert show({("ties", "cpu"): {"1 thread": {"a"}, "2 threads": {"a"}}}) == 0
     assert show({("ties", "cpu"): {"1 thread": {"a"}, "2 threads": {"b"}}}) == 1
     assert show({("ties", "cpu"): {"1 thread": {"a"}, "hash seed": {"a", "b"}}}) == 1
-    assert show({("wemoe", "cpu"): {"1 thread": {"a"}, "fit: first": {"c"}, "fit: killed": {"d"}}}) == 1
+    assert show({("ties", "cpu"): {"failed: why": {""}}}) == 1
+    assert show({("wemoe", "cpu"): {"1 thread": {"a"}, "fit: hash seed": {"c", "d"}}}) == 1
+    assert show({("wemoe", "cpu"): {"1 thread": {"a"}, "fit: hash seed": {"c"}, "fit: killed": {"d"}}}) == 1
     assert show({("wemoe", "cpu"): {"1 thread": {"a"}, "fit: 1 thread": {"c"}, "fit: 2 threads": {"d"}}}) == 0
