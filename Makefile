@@ -1,11 +1,12 @@
-# make setup | demo | test | hostile | fuzz | ray | licences | suite | lint | experts | bench. All is installed into .venv here.
+# make setup | demo | test | hostile | fuzz | faults | determinism | ray | licences | suite | lint | experts | bench.
+# All is installed into .venv here.
 VENV := .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 READY := $(VENV)/.ready
 READY_RAY := $(VENV)/.ready-ray
 
-.PHONY: setup demo test hostile fuzz ray licences suite lint experts bench clean
+.PHONY: setup demo test hostile fuzz faults determinism ray licences suite lint experts bench clean
 
 setup: $(READY)
 
@@ -59,6 +60,14 @@ experts: setup
 
 bench: setup
 	$(PY) bench/against_mergekit.py
+
+# 200 kills of real merges, fits and routed builds at random moments; every one must go on to the same bytes.
+faults: setup
+	$(PY) tests/faults/kills.py --kills 200
+
+# Every method, merged in every way that must not matter: one digest each.
+determinism: setup
+	$(PY) tests/faults/determinism.py
 
 clean:
 	rm -rf $(VENV) demo-output suite-output

@@ -76,7 +76,8 @@ def alone(suite: Suite, state: State, bench: Bench, work: Path) -> dict[str, tup
         weights[place] = 1
         fit = {"granularity": "task", "concrete": state.facts["fit"]["concrete"], "init": 0.0}
         facts = {**state.facts, "method": "concrete_adamerging", "fit": fit}
-        one = write_state(work / f"alone-{task}", facts, {**numbers(state), "coefficients/all": weights}, False)
+        learned = {**numbers(state), "coefficients/all": weights}
+        one = write_state(work / f"alone-{task}", facts, learned, False, scratch=work / "writing")
         plait.merge(by_method("concrete_adamerging", suite), work / "alone", state=one.folder, overwrite=True)
         masked = bench.evaluate(Subject.model(suite, str(work / "alone")), tasks=[task]).tasks[task]
         result[task] = (masked.score.value, bench.expert(task).score.value)
@@ -91,7 +92,7 @@ def shuffled(state: State, work: Path) -> State:
         if name.startswith("mask/"):
             flat = value.reshape(-1)
             mixed[name] = flat[torch.randperm(len(flat), generator=random)].view(value.shape)
-    return write_state(work / "shuffled", state.facts, mixed, False)
+    return write_state(work / "shuffled", state.facts, mixed, False, scratch=work / "writing")
 
 
 def numbers(state: State) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from plait import cli_measure
+from plait import cli_measure, cli_upkeep, stopping
 from plait.errors import CheckpointError, PlaitError, RecipeError
 
 app = typer.Typer(
@@ -268,12 +268,27 @@ def _value(text: str) -> Any:
 
 
 cli_measure.register(app)
+cli_upkeep.register(app)
 
 
 def main() -> None:
     """Run the command line. Exit code 2: your recipe or call; 3: your files; 1: the machine, or a bug of ours."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # it would read every installed package's metadata for them
     gc.set_threshold(10_000)  # imports and plans make many objects and no garbage
+    with stopping.listen() as stop:
+        try:
+            code = _run()
+        except BaseException:
+            if stop.signal:  # whatever the interruption made of itself on its way
+                stop.leave()
+            raise
+        if stop.signal:
+            stop.leave()
+    if code:
+        sys.exit(code)
+
+
+def _run() -> int:
     words = sys.argv[1:]
     if "--offline" in words:  # of the program and not of a verb, but people write it anywhere
         words = ["--offline", *(word for word in words if word != "--offline")]
@@ -281,23 +296,19 @@ def main() -> None:
         code = app(words, standalone_mode=False)
     except PlaitError as error:
         typer.echo(f"plait: {error}", err=True)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except BrokenPipeError:
-        sys.exit(1)
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"plait: {where}{error.strerror or error}; put that right and run the same command again", err=True)
+        return 1
     except Exception as error:
-        if type(error).__name__ == "Abort":  # typer before 0.16 raises this when interrupted
-            _interrupted()
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's own usage errors
             error.show()  # type: ignore[attr-defined]
-            sys.exit(error.exit_code)  # type: ignore[attr-defined]
+            return error.exit_code  # type: ignore[attr-defined]
         raise
-    if code == 130:  # typer makes this of an interrupt
-        _interrupted()
-
-
-def _interrupted() -> None:
-    typer.echo("plait: interrupted; run the same command again to go on", err=True)
-    sys.exit(130)
+    return code if isinstance(code, int) else 0
 
 
 if __name__ == "__main__":

@@ -32,7 +32,19 @@ class Input:
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Stored elements [start, stop) of a whole tensor, flat, in storage type."""
-        return self.source.read(self.stored, start, stop)
+        try:
+            values = self.source.read(self.stored, start, stop)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.source.label}: '{self.stored}' cannot be read ({error.strerror or error}); check the disk, or "
+                "get the checkpoint again"
+            ) from None
+        if values.numel() != stop - start:
+            raise CheckpointError(
+                f"{self.source.label}: reading '{self.stored}' gave {values.numel()} of {stop - start} numbers; check "
+                "the disk, or get the checkpoint again"
+            )
+        return values
 
     def task_vector(self, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the low-rank task vector, flat float32."""
@@ -110,11 +122,13 @@ class Library:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self._open: dict[str, Source] = {}
+        self._stamps: dict[str, str] = {}
 
     def source(self, spec: str) -> Source:
         """The source of one spelling."""
         if spec not in self._open:
             source = self._open[spec] = open_source(spec, root=self.recipe.folder)
+            self._stamps[spec] = source.stamp()
             if source.config.get("plait") is not None and str(source.config.get("model_type")).startswith("plait"):
                 raise CheckpointError(
                     f"{spec}: is a routed model, whose experts stay apart; give its experts, or a model of one set of "
@@ -156,6 +170,15 @@ class Library:
         if isinstance(whole, LowRankSource):
             raise CheckpointError(f"{source.label}: its base '{source.base_label}' is itself an adapter")
         return Model(f"{name}~base", source.base_label, whole)
+
+    def refuse_changed(self) -> None:
+        """Raise CheckpointError where a file is not as it was when it was opened: what was read may be of two files."""
+        for spec, source in self._open.items():
+            if source.stamp() != self._stamps[spec]:
+                raise CheckpointError(
+                    f"{spec}: was changed while it was merged, so the result would be of no one's making; nothing was "
+                    "kept: run the same command again"
+                )
 
     def close(self) -> None:
         """Close every source."""

@@ -6,12 +6,14 @@ cache, and little is left to do when the last tensor is.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+from plait.digests import MARK
 from plait.errors import MachineError
 
 _STEP = 1 << 20
@@ -25,7 +27,7 @@ class Follower:
         self._done = set(done)
         self._news = threading.Condition()
         self._stopped = False
-        self._hashes: dict[str, str] = {}
+        self._hashes: dict[str, tuple[str, list[str]]] = {}
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="plait-hash", daemon=True)
         self._thread.start()
@@ -36,8 +38,11 @@ class Follower:
             self._done.add(tensor)
             self._news.notify()
 
-    def result(self) -> dict[str, str]:
-        """File name → SHA-256, once every tensor is finished. MachineError when a file cannot be read back."""
+    def result(self) -> dict[str, tuple[str, list[str]]]:
+        """File name → SHA-256 and marks (`digests.marked_digest`), once every tensor is finished.
+
+        Raises MachineError when a file cannot be read back.
+        """
         self._thread.join()
         if self._error is not None:
             reason = self._error.strerror or self._error
@@ -60,21 +65,22 @@ class Follower:
         except OSError as error:
             self._error = error
 
-    def _follow(self, path: Path, regions: list[tuple[str, int, int]]) -> str:
-        digest, at = hashlib.sha256(), 0
+    def _follow(self, path: Path, regions: list[tuple[str, int, int]]) -> tuple[str, list[str]]:
+        digest, at, marks = hashlib.sha256(), 0, []
         buffer = memoryview(bytearray(_STEP))
         with open(path, "rb", buffering=0) as file:
-            end = os.fstat(file.fileno()).st_size
-            for tensor, begin, stop in [*regions, ("", end, end)]:
+            size = os.fstat(file.fileno()).st_size
+            ends = [("", regions[0][1] if regions else size), *((tensor, stop) for tensor, _, stop in regions)]
+            for tensor, end in ends:
                 with self._news:
                     self._news.wait_for(lambda tensor=tensor: self._stopped or not tensor or tensor in self._done)
                     if self._stopped:
-                        return ""
-                # A tensor that is finished, and what lies before it: the header, or the tensors hashed last.
-                while at < max(begin, stop):
-                    count = os.preadv(file.fileno(), [buffer[: max(begin, stop) - at]], at)
+                        return "", []
+                while at < end:
+                    count = os.preadv(file.fileno(), [buffer[: end - at]], at)
                     if not count:
-                        raise OSError(5, "became shorter", str(path))
+                        raise OSError(errno.EIO, "became shorter", str(path))
                     digest.update(buffer[:count])
                     at += count
-        return digest.hexdigest()
+                marks.append(digest.copy().hexdigest()[:MARK])
+        return digest.hexdigest(), marks

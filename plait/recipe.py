@@ -154,10 +154,12 @@ def safe_name(text: str) -> str:
 
 
 def load_recipe(
-    source: str | os.PathLike[str] | Mapping[str, Any] | Recipe, defaults: Mapping[str, Any] | None = None
-) -> Recipe:
+    source: str | os.PathLike[str] | Mapping[str, Any] | Recipe, defaults: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
+) -> Recipe:  # fmt: skip
     """A Recipe from a YAML or JSON file, from a mapping, or as it is. `defaults` are keys for a recipe without them.
 
+    Relative paths of a mapping start at `folder`; by default at the working directory.
     Raises RecipeError naming file, line, key and the nearest known key.
     """
     if isinstance(source, Recipe):
@@ -168,7 +170,7 @@ def load_recipe(
             located = Located(json.loads(json.dumps({**(defaults or {}), **source})))
         except (TypeError, ValueError, RecursionError) as error:
             raise RecipeError(f"the recipe must be plain data (texts, numbers, lists, mappings): {error}") from None
-        return _validate(located, Path.cwd())
+        return _validate(located, (folder or Path.cwd()).resolve())
     path = Path(source)
     located = yamlfile.parse_file(path)
     if defaults and isinstance(located.data, Mapping):

@@ -14,10 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from plait import atomic
 from plait.card import model_card
 from plait.decide import TensorPlan
+from plait.digests import sealed
 from plait.engine import Engine, Progress
-from plait.errors import MachineError, RecipeError
+from plait.errors import CheckpointError, MachineError, RecipeError
 from plait.headfiles import head_files
 from plait.lazy import torch
 from plait.nonfinite import count, sentences
@@ -150,6 +152,7 @@ def run(
             f"--allow-nonfinite: {plan.method.name} learns or routes, and would carry such entries everywhere; get the "
             "checkpoint again, or merge by a method that does neither"
         )
+    plan.library.refuse_changed()
     given: dict[str, Any] = {
         "threads": threads, "memory": memory, "device": device, "progress": progress,
         "allow_nonfinite": allow_nonfinite,
@@ -180,8 +183,16 @@ def _carry_out(
     if out.exists() and not overwrite:  # said before a fit, not after it
         raise RecipeError(f"{out}: exists already; choose another folder, or add --overwrite to replace it")
     learned = learned_state(plan, out, engine, state)
-    if plan.method.dynamic is not None:
-        return _run_routed(plan, out, engine, learned, overwrite)
+    with _held(plan, out, learned):
+        if plan.method.dynamic is not None:
+            return _run_routed(plan, out, engine, learned, overwrite)
+        return _run_static(plan, out, engine, learned, overwrite, shard_size)
+
+
+def _run_static(
+    plan: Plan, out: Path, engine: Engine, learned: State | None, overwrite: bool, shard_size: int
+) -> Merged:
+    """A model of one set of weights."""
     shards = lay_out([tensor.spec for tensor in plan.tensors], shard_size, {"format": "pt"})
     key = _resume_key(plan, shards, learned)
     follow = engine.here and engine.threads > 1
@@ -200,8 +211,8 @@ def _carry_out(
             writer.add_file(name, content)
         record = provenance(plan, hashes, learned, told)
         _finish(plan, writer, learned, {**record, **({"nonfinite": passed} if passed else {})})
-    _leave(plan, out, learned)
-    return Merged(out, plan, hashes, resumed, (*plan.notes, *told.get("notes", ()), *sentences(passed)))
+    notes = (*plan.notes, *told.get("notes", ()), *sentences(passed), *_left(writer))
+    return Merged(out, plan, hashes, resumed, notes)
 
 
 def nonfinite_counts(plan: Plan, engine: Engine) -> dict[str, int]:
@@ -233,8 +244,7 @@ def _run_routed(plan: Plan, out: Path, engine: Engine, learned: State | None, ov
         for name, content in files.items():
             writer.add_file(name, content)
         _finish(plan, writer, learned, provenance(plan, hashes, learned))
-    _leave(plan, out, learned)
-    return Merged(out, plan, hashes, resumed, tuple(plan.notes))
+    return Merged(out, plan, hashes, resumed, (*plan.notes, *_left(writer)))
 
 
 def _finish(plan: Plan, writer: FolderWriter, learned: State | None, record: dict[str, Any]) -> None:
@@ -242,16 +252,42 @@ def _finish(plan: Plan, writer: FolderWriter, learned: State | None, record: dic
     if learned is not None:
         for name in (FACTS, NUMBERS):
             writer.add_file(f"state/{name}", (learned.folder / name).read_bytes())
-    writer.add_file("plait.json", json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n")
     writer.add_file("README.md", model_card(plan, record).encode())
+    files = {name: digest for name, digest in writer.added.items() if name != "README.md"}  # it is there to be edited
+    writer.add_file("plait.json", sealed({**record, "files": files, "marks": writer.marks}))
+    try:
+        plan.library.refuse_changed()
+    except CheckpointError:
+        writer.discard()
+        raise
     writer.commit()
 
 
-def _leave(plan: Plan, out: Path, learned: State | None) -> None:
-    """Close and clear away what a merge no longer needs."""
-    if learned is not None:
+def _left(writer: FolderWriter) -> list[str]:
+    found = ", ".join(str(path) for path in writer.leftovers())
+    return (
+        [f"unfinished work of another merge to this folder is left: {found}; plait clean removes it"] if found else []
+    )
+
+
+@contextmanager
+def _held(plan: Plan, out: Path, learned: State | None) -> Iterator[None]:
+    """Hold the state that this merge has fitted while it is applied; once the output is whole, clear it away."""
+    if learned is None:
+        yield
+        return
+    place = _fitted(plan, out)
+    guard = atomic.lock_folder(place) if learned.folder == place else -1
+    try:
+        if guard is None:
+            raise MachineError(f"{out}: another merge is writing this folder now; wait for it to end")
+        yield
+        for work in (place, *atomic.beside(place, "fitting")):
+            shutil.rmtree(work, ignore_errors=True)
+    finally:
         learned.close()
-        shutil.rmtree(_fitted(plan, out), ignore_errors=True)
+        if guard is not None and guard >= 0:
+            os.close(guard)
 
 
 def learned_state(plan: Plan, out: Path, engine: Engine, state: str | os.PathLike[str] | None) -> State | None:

@@ -5,6 +5,7 @@ A state is small where it can be, holds no code, and is all that a merge needs t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from plait import atomic
 from plait.errors import CheckpointError, RecipeError
 from plait.lazy import torch
 from plait.methods.block import Block
@@ -152,17 +154,30 @@ def load_state(folder: str | os.PathLike[str]) -> State:
     return State(path, facts)
 
 
-def write_state(folder: Path, facts: Mapping[str, Any], numbers: Mapping[str, torch.Tensor], overwrite: bool) -> State:
-    """Write a state: whole under its name, or not at all. The same content gives the same bytes."""
+def write_state(
+    folder: Path, facts: Mapping[str, Any], numbers: Mapping[str, torch.Tensor], overwrite: bool, *, scratch: Path,
+    seconds: float | None = None,
+) -> State:  # fmt: skip
+    """Write a state: whole under its name, or not at all. The same content gives the same bytes.
+
+    It is put together in `scratch`, on the same file system, where a state that it replaces is left. `seconds`, the
+    time its fit took, goes into a file of its own. Raises RecipeError for a name that is taken, else OSError.
+    """
     refuse_existing(folder, overwrite)
-    scratch = folder.parent / f".{folder.name}.writing-{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    (scratch / NUMBERS).write_bytes(small_file({name: numbers[name] for name in sorted(numbers)}))
-    text = json.dumps({"schema": SCHEMA, **facts}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    (scratch / FACTS).write_text(text, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(scratch, folder)
+    content = small_file({name: numbers[name] for name in sorted(numbers)})
+    whole = {"schema": SCHEMA, **facts, "numbers": hashlib.sha256(content).hexdigest()}
+    text = json.dumps(whole, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    atomic.write_durably(scratch / NUMBERS, content)
+    atomic.write_durably(scratch / FACTS, text.encode())
+    if seconds is not None:
+        atomic.write_durably(scratch / TIMING, (json.dumps({"seconds": round(seconds, 3)}) + "\n").encode())
+    atomic.sync_folder(scratch)
+    try:
+        atomic.put_in_place(scratch, folder, replace=overwrite)
+    except FileExistsError:
+        raise _taken(folder) from None
     return load_state(folder)
 
 
@@ -171,9 +186,13 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
     if not overwrite:
-        raise RecipeError(f"{folder}: exists already; choose another folder, or add --overwrite to replace it")
+        raise _taken(folder)
     if not (folder / FACTS).is_file():
         raise RecipeError(f"{folder}: is not a state, so it is not replaced; choose another folder")
+
+
+def _taken(folder: Path) -> RecipeError:
+    return RecipeError(f"{folder}: exists already; choose another folder, or add --overwrite to replace it")
 
 
 def check_fits(state: State, method: str, tasks: Sequence[str], prints: Mapping[str, str], parameters: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pico
 import pytest
+from calls import call as call
 from mini_suite import mini as mini
 
 

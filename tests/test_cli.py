@@ -10,52 +10,18 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pico
 import pytest
 import torch
 import yaml
+from calls import Call
 from safetensors.torch import load_file, save_file
 
 import plait
-from plait import cli, progress
+from plait import progress
 from plait.methods import all_methods
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def data(self) -> Any:
-        return json.loads(self.out)
-
-
-Call = Callable[..., Result]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """`plait …` in this process, through the same `main` that the installed command runs."""
-
-    def run(*words: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["plait", *map(str, words)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        out, err = capsys.readouterr()
-        return Result(code, out, err)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -550,7 +516,7 @@ def test_a_plan_of_a_large_model_is_made_from_headers_alone(call: Call, tmp_path
 def test_help_names_every_verb(call: Call) -> None:
     result = call("--help")
     assert result.code == 0
-    for verb in ("init", "check", "plan", "merge", "inspect", "methods"):
+    for verb in ("init", "check", "plan", "merge", "inspect", "methods", "verify", "clean"):
         assert re.search(rf"\b{verb}\b", result.out)
         assert call(verb, "--help").code == 0
 

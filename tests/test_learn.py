@@ -422,7 +422,7 @@ class TestStates:
         texts, maps = dict.fromkeys(("method", "paper", "sees", "split"), "x"), ("models", "vectors", "fit", "data")
         facts = {**texts, **{key: {} for key in (*maps, "summary")}, "tasks": ["a"], "seed": 0}
         for name in ("one", "two"):
-            write_state(tmp_path / name, facts, numbers, overwrite=False)
+            write_state(tmp_path / name, facts, numbers, overwrite=False, scratch=tmp_path / "s")
             numbers = dict(reversed(numbers.items()))
         assert files(tmp_path / "one") == files(tmp_path / "two")
 

@@ -28,7 +28,7 @@ METHODS = ["Block", "MergeMethod", "PerModel", "Range", "adamerging", "adamergin
 
 # From left to right: a module imports from what stands before it only.
 ORDER = [
-    "lazy", "errors", "places", "threads", "units", "digests", "dtypes", "yamlfile", "recipe",
+    "lazy", "errors", "places", "threads", "units", "digests", "atomic", "dtypes", "yamlfile", "recipe",
     "kernels.job", "kernels.native", "kernels.loops", "kernels.build", "kernels.fused",
     "methods.stream", "methods.draws", "kernels.worker", "kernels.selection", "kernels",
     "methods.block", "methods.sums", "methods.contract", "methods.memory",
@@ -49,8 +49,8 @@ ORDER = [
     "learn.data", "learn.vectors", "learn.objectives", "learn.bench", "learn.routers", "learn.guard", "learn.loop",
     "learn.coefficients", "learn.concrete", "learn.statistics", "learn.regmean", "learn.surgery", "learn.learners",
     "learn.fit", "learn",
-    "sidefiles", "headfiles", "card", "run",
-    "inspect", "progress", "show", "show_state", "templates",
+    "sidefiles", "headfiles", "card", "run", "verify", "leftovers",
+    "inspect", "progress", "show", "show_state", "show_upkeep", "templates",
     "suites.bases", "suites.train", "suites.train_lora", "suites.language", "suites.builtin", "suites.build", "suites",
     "evaluate.results", "evaluate.cache", "evaluate.metrics", "evaluate.corrupt", "evaluate.subjects",
     "evaluate.routed",
@@ -60,7 +60,7 @@ ORDER = [
     "report.granules", "report.scores", "report.vectors", "report.learned", "report.sweeps", "report.table",
     "report.corrupted", "report.routed", "report.cards", "report.provenance", "report.page", "report",
     "evaluate.show", "evaluate",
-    "cli_measure", "cli", "__main__",
+    "stopping", "cli_measure", "cli_upkeep", "cli", "__main__",
 ]  # fmt: skip
 CALLED_BACK = {("methods.contract", "methods.memory")}
 """A method that is called on tensors imports, in that moment, what runs it in memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from plait import atomic
 from plait.engine import Engine
 from plait.errors import MachineError, RecipeError
 from plait.learn.bench import Workbench
@@ -24,7 +26,7 @@ from plait.learn.objectives import Custom
 from plait.methods.contract import parameters_of
 from plait.methods.learned import COMBINES
 from plait.plan import Plan
-from plait.state import FACTS, TIMING, State, load_state, refuse_existing, write_state
+from plait.state import FACTS, State, load_state, refuse_existing, write_state
 
 
 def fit_plan(
@@ -56,22 +58,36 @@ def fit_plan(
     start = time.monotonic()
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     work = out.parent / f".{out.name}.fitting-{key}"
-    if not resume:
-        shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
-    with _threads(engine.threads):
-        try:
+    try:
+        with _locked(work, out), _threads(engine.threads):
+            if not resume:
+                atomic.empty(work)
             outcome = _learn(plan, engine, inputs, work, objective)
-        except OSError as error:
-            raise MachineError(
-                f"{work}: {error.strerror}; a fit needs room for the task vectors beside {out}"
-            ) from None
-    facts |= {"summary": outcome.summary, "history": outcome.history}
-    state = write_state(out, facts, outcome.numbers, overwrite)
-    # Beside the state and not of it: the same fit gives the same state, whatever time it took.
-    (out / TIMING).write_text(json.dumps({"seconds": round(time.monotonic() - start, 3)}) + "\n", encoding="utf-8")
-    shutil.rmtree(work)
+            plan.library.refuse_changed()
+            facts |= {"summary": outcome.summary, "history": outcome.history}
+            # The time lies beside the state and is not of it: the same fit gives the same state, however long it took.
+            state = write_state(
+                out, facts, outcome.numbers, overwrite, scratch=work / "state", seconds=time.monotonic() - start
+            )
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise MachineError(
+            f"{work}: {error.strerror or error}; a fit needs room for the task vectors beside {out}: put that right, "
+            "and go on with the same command and --resume"
+        ) from None
     return state
+
+
+@contextmanager
+def _locked(work: Path, out: Path) -> Iterator[None]:
+    """Hold the folder of work in progress. MachineError where another process does."""
+    guard = atomic.lock_folder(work)
+    if guard is None:
+        raise MachineError(f"{out}: another fit is writing this state now; wait for it to end")
+    try:
+        yield
+    finally:
+        os.close(guard)
 
 
 def _answers(state: State, facts: Mapping[str, Any]) -> bool:

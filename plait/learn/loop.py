@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
+import pickle
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from plait import atomic
 from plait.engine import Progress
-from plait.errors import RecipeError
+from plait.errors import MachineError, RecipeError
 from plait.learn.bench import Workbench
 from plait.learn.guard import Guard, Reading, mean_of
 
@@ -131,15 +133,20 @@ def _save(path: Path, step: int, learner: Learner, guard: Guard | None, history:
         "history": vars(history), "guard": None if guard is None else
         {key: value for key, value in vars(guard).items() if key not in ("experts", "stops")},
     }  # fmt: skip
-    scratch = path.with_suffix(".new")
-    torch.save(data, scratch)
-    os.replace(scratch, path)
+    content = io.BytesIO()  # torch's own writer tells of a full disk by an error that names no cause
+    torch.save(data, content)
+    atomic.replace_durably(path, content.getvalue())
 
 
 def _resume(path: Path, learner: Learner, guard: Guard | None) -> tuple[History, int]:
     if not path.is_file():
         return History(), 0
-    data = torch.load(path, weights_only=True)
+    try:
+        data = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise MachineError(
+            f"{path}: the fit's progress is damaged; remove that file and run the same command again"
+        ) from None
     learner.set_values(data["values"])
     for optimiser, state in zip(learner.optimisers(), data["optimisers"], strict=True):
         optimiser.load_state_dict(state)

@@ -42,6 +42,9 @@ def routed_net(bench: Workbench, plan: Plan, work: Path) -> Net:
     return net
 
 
+_FACT = "fact/"
+
+
 class LayerRouters:
     """All routers of the layers, by gradients through the routed model."""
 
@@ -81,12 +84,16 @@ class LayerRouters:
         return values
 
     def values(self) -> dict[str, Tensor]:
-        """The routers' parameters."""
-        return {name: value.detach() for name, value in self.modules.state_dict().items()}
+        """The routers' parameters, and the facts of the step that led to them: a fit that goes on takes none again."""
+        facts = {_FACT + name: torch.tensor(value, dtype=torch.float64) for name, value in self._weights.items()}
+        return {**self._parameters(), **facts}
 
     def set_values(self, values: dict[str, Tensor]) -> None:
-        """Go back to parameters of before."""
-        self.modules.load_state_dict(values)
+        """Go back to values of before."""
+        self.modules.load_state_dict({name: value for name, value in values.items() if not name.startswith(_FACT)})
+        self._weights = {
+            name.removeprefix(_FACT): float(value) for name, value in values.items() if name.startswith(_FACT)
+        }
 
     def optimisers(self) -> list[torch.optim.Optimizer]:
         """Adam."""
@@ -101,7 +108,10 @@ class LayerRouters:
 
     def numbers(self) -> dict[str, Tensor]:
         """What goes into the state."""
-        return {STATE_PREFIX + name: value.cpu().clone() for name, value in self.values().items()}
+        return {STATE_PREFIX + name: value.cpu().clone() for name, value in self._parameters().items()}
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return {name: value.detach() for name, value in self.modules.state_dict().items()}
 
 
 def features_of(bench: Workbench, rows: Mapping[str, Sequence[int]], size: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ class Store:
             or any(type(size) is not int or not 0 <= size < 1 << 40 for size in sizes)
         ):
             raise CheckpointError(f"{where}: describes experts in a form that this version of Plait does not know")
-        return cls(kind, shape, experts, precision, ranks, counts)
+        return cls(cast(Kind, kind), shape, experts, cast(Precision, precision), ranks, counts)
 
 
 def _narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:

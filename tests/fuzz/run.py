@@ -132,7 +132,9 @@ def _guided(name: str, seconds: float, seed: int) -> None:
         sys.exit("--guided needs atheris: pip install atheris")
     import atheris  # pyright: ignore[reportMissingImports]
 
-    with atheris.instrument_imports(include=["plait"]):
+    with atheris.instrument_imports(  # pyright: ignore[reportAttributeAccessIssue]
+        include=["plait"]
+    ):
         from fuzz import targets
     from fuzz.mutate import mutate
 

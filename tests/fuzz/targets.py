@@ -159,7 +159,8 @@ def journal(data: bytes) -> None:
     writer = FolderWriter(_PLACE / "out", "0" * 16, _SHARDS, overwrite=False)
     writer.partial.mkdir(exist_ok=True)
     (writer.partial / JOURNAL).write_bytes(data)
-    assert writer._read_journal() <= {"a", "b", "c"}
+    writer._read_journal()
+    assert writer.done <= {"a", "b", "c"}
 
 
 _NUMBERS = {
