@@ -56,7 +56,7 @@ def merged(name: str, base: torch.Tensor, models: list[torch.Tensor]) -> torch.T
     """By a method at its defaults; what it needs to have learned is given."""
     method = get_method(name)
     tasks = [f"t{place:02}" for place in range(len(models))]
-    extra = {"anchor": tasks[0]} if name == "anchor_schedule" else EXTRA.get(name, {})
+    extra: dict[str, Any] = {"anchor": tasks[0]} if name == "anchor_schedule" else EXTRA.get(name, {})
     if method.learned is None:
         return method(models, None if method.base == "unused" else base, tasks=tasks, **extra)
     keywords = method.keywords({})

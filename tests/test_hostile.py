@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import pytest
 import torch
 from fuzz import targets
@@ -27,8 +26,8 @@ CRASHES = sorted((Path(__file__).parent / "fuzz" / "crashes").iterdir())
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """A data set of a stranger's name is not looked for."""
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")

@@ -144,7 +144,7 @@ class Store:
             or any(type(size) is not int or not 0 <= size < 1 << 40 for size in sizes)
         ):
             raise CheckpointError(f"{where}: describes experts in a form that this version of Plait does not know")
-        return cls(kind, shape, experts, precision, ranks, counts)
+        return cls(kind, shape, experts, precision, ranks, counts)  # pyright: ignore[reportArgumentType]
 
 
 def _narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -193,7 +193,8 @@ def _read(suite: Suite, entry: DataEntry) -> Any:
 
     datasets.utils.disable_progress_bars()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what cannot be read we say ourselves
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else it tells a server of every file, local ones too
+    # Else it tells a server of every file, local ones too.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # pyright: ignore[reportAttributeAccessIssue]
     cache = str(cache_folder() / "datasets")
     options: dict[str, Any] = {"cache_dir": cache, "split": entry.split or "train"}
     try:
