@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from importlib import metadata
+from typing import Any
 
 PERMISSIVE = re.compile(
     r"\b(apache|mit|bsd|isc|psf|python software|mpl|mozilla|unlicense|zlib|hpnd|cnri|0bsd|public domain)\b|apache-2",
@@ -42,7 +43,7 @@ def closure(extra: str) -> list[str]:
 
 def licence(name: str) -> str:
     """What a package says of its licence."""
-    facts = metadata.metadata(name)
+    facts: Any = metadata.metadata(name)
     said = facts.get("License-Expression")
     classifiers = [c.rpartition(" :: ")[2] for c in facts.get_all("Classifier", []) if c.startswith("License ::")]
     text = said or ", ".join(classifiers) or (facts.get("License") or "").strip().splitlines()[:1]

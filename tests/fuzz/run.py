@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import importlib.util
 import os
 import random
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 CRASHES = HERE / "crashes"
@@ -130,7 +132,7 @@ def _guided(name: str, seconds: float, seed: int) -> None:
     """Atheris (libFuzzer) over plait's modules, with our mutator beside its own."""
     if importlib.util.find_spec("atheris") is None:
         sys.exit("--guided needs atheris: pip install atheris")
-    import atheris  # pyright: ignore[reportMissingImports]
+    atheris: Any = importlib.import_module("atheris")
 
     with atheris.instrument_imports(  # pyright: ignore[reportAttributeAccessIssue]
         include=["plait"]
