@@ -32,7 +32,7 @@ from faults import process
 from faults.process import often, tree
 from safetensors.torch import save_file
 
-QUICK = ("della",)
+QUICK: tuple[str, ...] = ("della",)
 HASH_SEEDS = ("0", "4242")
 SHORT = {"steps": 4, "epochs": 2, "finetune_steps": 2, "batch": 4}
 TASKS = ("tone", "count", "pair")
