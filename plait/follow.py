@@ -11,7 +11,6 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterable
-from pathlib import Path
 
 from plait.digests import MARK
 from plait.errors import MachineError
@@ -20,10 +19,13 @@ _STEP = 1 << 20
 
 
 class Follower:
-    """One thread over all files of a folder. Regions: (tensor, first byte, one after the last)."""
+    """One thread over all files of a folder: (name, open descriptor, regions) each.
 
-    def __init__(self, files: Iterable[tuple[Path, Iterable[tuple[str, int, int]]]], done: Iterable[str]) -> None:
-        self._files = [(path, sorted(regions, key=lambda region: region[1:])) for path, regions in files]
+    Regions: (tensor, first byte, one after the last). `done` are the tensors that are finished already.
+    """
+
+    def __init__(self, files: Iterable[tuple[str, int, list[tuple[str, int, int]]]], done: Iterable[str]) -> None:
+        self._files = list(files)
         self._done = set(done)
         self._news = threading.Condition()
         self._stopped = False
@@ -58,29 +60,28 @@ class Follower:
 
     def _run(self) -> None:
         try:
-            for path, regions in self._files:
-                self._hashes[path.name] = self._follow(path, regions)
+            for name, descriptor, regions in self._files:
+                self._hashes[name] = self._follow(name, descriptor, regions)
                 if self._stopped:
                     return
         except OSError as error:
             self._error = error
 
-    def _follow(self, path: Path, regions: list[tuple[str, int, int]]) -> tuple[str, list[str]]:
+    def _follow(self, name: str, descriptor: int, regions: list[tuple[str, int, int]]) -> tuple[str, list[str]]:
         digest, at, marks = hashlib.sha256(), 0, []
         buffer = memoryview(bytearray(_STEP))
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            ends = [("", regions[0][1] if regions else size), *((tensor, stop) for tensor, _, stop in regions)]
-            for tensor, end in ends:
-                with self._news:
-                    self._news.wait_for(lambda tensor=tensor: self._stopped or not tensor or tensor in self._done)
-                    if self._stopped:
-                        return "", []
-                while at < end:
-                    count = os.preadv(file.fileno(), [buffer[: end - at]], at)
-                    if not count:
-                        raise OSError(errno.EIO, "became shorter", str(path))
-                    digest.update(buffer[:count])
-                    at += count
-                marks.append(digest.copy().hexdigest()[:MARK])
+        size = os.fstat(descriptor).st_size
+        ends = [("", regions[0][1] if regions else size), *((tensor, stop) for tensor, _, stop in regions)]
+        for tensor, end in ends:
+            with self._news:
+                self._news.wait_for(lambda tensor=tensor: self._stopped or not tensor or tensor in self._done)
+                if self._stopped:
+                    return "", []
+            while at < end:
+                count = os.preadv(descriptor, [buffer[: end - at]], at)
+                if not count:
+                    raise OSError(errno.EIO, "became shorter", name)
+                digest.update(buffer[:count])
+                at += count
+            marks.append(digest.copy().hexdigest()[:MARK])
         return digest.hexdigest(), marks

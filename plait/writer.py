@@ -270,9 +270,8 @@ class FolderWriter:
         atomic.replace_durably(self.partial / JOURNAL, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
         self._journal = open(self.partial / JOURNAL, "a", encoding="utf-8")  # noqa: SIM115  (closed in _close)
         if self.follow:
-            self._follower = Follower(
-                ((self.partial / item.name, item.regions()) for item in self.shards.values()), self.done
-            )
+            files = [(item.name, self._files[item.name], item.regions()) for item in self.shards.values()]
+            self._follower = Follower(files, self.done)
 
     def _tidy(self) -> None:
         """Remove what is no unfinished work of ours: side files are written anew, and without a journal all is."""

@@ -8,6 +8,7 @@ the bytes of an uninterrupted run and leaves no temporary file. Prints a table; 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import shutil
@@ -170,11 +171,13 @@ def main() -> int:
         root = Path(scratch)
         harness = Harness(root, given.seed)
         rows = [harness.measure(item) for item in scenarios(root, QUICK if given.quick else None)]
-        place = 0
-        while sum(sum(row.kills.values()) for row in rows) < given.kills:
-            harness.attack(rows[place % len(rows)])
-            place += 1
-            print(f"{sum(sum(row.kills.values()) for row in rows)} kills", file=sys.stderr)
+        with suppress(KeyboardInterrupt):  # Ctrl-C ends it early, with the table so far
+            for row in itertools.cycle(rows):
+                harness.attack(row)
+                done = sum(sum(each.kills.values()) for each in rows)
+                print(f"{done} kills", file=sys.stderr)
+                if done >= given.kills:
+                    break
     show(rows)
     return 1 if any(row.faults for row in rows) else 0
 
