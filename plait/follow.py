@@ -12,10 +12,13 @@ import os
 import threading
 from collections.abc import Iterable
 
+from plait import atomic
 from plait.digests import MARK
 from plait.errors import MachineError
 
 _STEP = 1 << 20
+_WRITE_BACK = 1 << 25
+"""Bytes after which the disk is told to begin: less is left to wait for before the rename."""
 
 
 class Follower:
@@ -68,7 +71,7 @@ class Follower:
             self._error = error
 
     def _follow(self, name: str, descriptor: int, regions: list[tuple[str, int, int]]) -> tuple[str, list[str]]:
-        digest, at, marks = hashlib.sha256(), 0, []
+        digest, at, begun, marks = hashlib.sha256(), 0, 0, []
         buffer = memoryview(bytearray(_STEP))
         size = os.fstat(descriptor).st_size
         ends = [("", regions[0][1] if regions else size), *((tensor, stop) for tensor, _, stop in regions)]
@@ -83,5 +86,8 @@ class Follower:
                     raise OSError(errno.EIO, "became shorter", name)
                 digest.update(buffer[:count])
                 at += count
+                if at - begun >= _WRITE_BACK:
+                    atomic.start_writing(descriptor, begun, at - begun)
+                    begun = at
             marks.append(digest.copy().hexdigest()[:MARK])
         return digest.hexdigest(), marks

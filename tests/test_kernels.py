@@ -122,7 +122,7 @@ def test_the_same_bytes_with_and_without(
     monkeypatch.setattr(Worker, "merge", counted)
     asked = recipe(models / kind, method, parameters, **({"out_dtype": out_dtype} if out_dtype else {}))
     plait.merge(asked, tmp_path / "fast", threads=2)
-    assert used["pieces"] >= len(SHAPES), "the loops were not used"
+    assert used["pieces"] >= len(SHAPES) - 2, "the loops were not used"  # one is empty; DELLA leaves one to torch
     count = used["pieces"]
     monkeypatch.setenv(native.OFF, "0")
     plait.merge(asked, tmp_path / "slow", threads=1)

@@ -46,6 +46,10 @@ def scratch_bytes(experts: int) -> int:
     return 4 * CHUNK * (experts + 5)
 
 
+PICK_BYTES = 8 * 1024
+"""Memory that `pick` counts in."""
+
+
 def bins_of(width: int) -> int:
     """Into how many ranges a row's magnitudes are sorted before those that need it are ranked exactly."""
     return max(64, min(4096, width // 2))
@@ -53,4 +57,4 @@ def bins_of(width: int) -> int:
 
 def prune_bytes(width: int, entries: int) -> int:
     """Memory that `prune` works in: two rows, draws, bins and their chances, and a byte an entry."""
-    return 12 * width + 24 * bins_of(width) + entries + 128
+    return 16 * width + 20 * bins_of(width) + entries + 192

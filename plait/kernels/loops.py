@@ -48,6 +48,11 @@ def _u16(address, n):
 
 
 @njit(inline="always")
+def _i32(address, n):
+    return carray(_pointer(address, types.int32), (n,))
+
+
+@njit(inline="always")
 def _u8(address, n):
     return carray(_pointer(address, types.uint8), (n,))
 
@@ -355,6 +360,40 @@ def _combine(job, numbers, m, count, chunks, spare):
 
 
 @njit(error_model="numpy")
+def _add_up(job, numbers, start, m, count, scratch, total):
+    """A plain or weighted sum of a chunk, without a place for every expert: what `_loaded` and `_combine` give."""
+    broken = np.int64(0)
+    base, values = scratch, scratch + 4 * J.CHUNK
+    if job[J.BASE_ADDRESS] != 0:
+        broken |= _widen(job[J.BASE_CODE], job[J.BASE_ADDRESS], start, m, base)
+    out, each, under = _f32(total, m), _f32(values, m), _f32(base, m)
+    for k in range(count):
+        side = J.HEAD + k * J.SIDE
+        broken |= _widen(job[side + J.CODE], job[side + J.ADDRESS], start, m, values)
+        weight, first = numbers[k], k == 0
+        if job[J.SOURCE] == J.DELTAS and job[J.WEIGH] != 0:
+            for i in range(m):
+                part = (each[i] - under[i]) * weight
+                out[i] = part if first else out[i] + part
+        elif job[J.SOURCE] == J.DELTAS:
+            for i in range(m):
+                part = each[i] - under[i]
+                out[i] = part if first else out[i] + part
+        elif job[J.WEIGH] != 0:
+            for i in range(m):
+                part = each[i] * weight
+                out[i] = part if first else out[i] + part
+        else:
+            for i in range(m):
+                out[i] = each[i] if first else out[i] + each[i]
+    if job[J.NORMALIZE] != 0:
+        size = numbers[3 * count]
+        for i in range(m):
+            out[i] = out[i] / size
+    return broken
+
+
+@njit(error_model="numpy")
 def _loaded(job, start, m, count, scratch):
     """Base and experts of a chunk; 1 where something is not finite."""
     broken = np.int64(0)
@@ -377,11 +416,15 @@ def merge(job_pointer, numbers_pointer):
     n, scratch = job[J.ENTRIES], job[J.SCRATCH]
     chunks, spare = scratch + 4 * J.CHUNK, scratch + 4 * J.CHUNK * (count + 1)
     broken = np.int64(0)
+    plain = job[J.SPARSIFY] == J.NOTHING and job[J.COMBINE] == J.SUM
     for start in range(0, n, J.CHUNK):
         m = min(J.CHUNK, n - start)
-        broken |= _loaded(job, start, m, count, scratch)
-        _sparsify(job, numbers, start, m, count, chunks, spare)
-        _combine(job, numbers, m, count, chunks, spare)
+        if plain:
+            broken |= _add_up(job, numbers, start, m, count, scratch, spare)
+        else:
+            broken |= _loaded(job, start, m, count, scratch)
+            _sparsify(job, numbers, start, m, count, chunks, spare)
+            _combine(job, numbers, m, count, chunks, spare)
         if job[J.SCALE] != 0:
             _scale(spare, m, numbers[3 * count + 1])
         if job[J.ON_BASE] != 0:
@@ -416,16 +459,19 @@ def magnitudes(job_pointer, numbers_pointer):
 def _tally(bits, m, low, high, out, room, found, marks):
     """Count bits > high; put those in low <= bits <= high side by side at `out`, where `found` of them are already.
 
-    → (how many are above, `found` as it is now; more than `room` when they do not fit). With low = high nothing is put
-    anywhere, and `found` only counts.
+    → (how many are above, how many are zero, `found` as it is now; more than `room` when they do not fit). With
+    low = high nothing is put anywhere, and `found` only counts.
     """
+    zeros = np.int32(0)
+    for i in range(m):
+        zeros = np.int32(zeros + np.int32(np.uint32(bits[i] & _MAGNITUDE) == 0))
     if low == high:  # nothing to tell apart: counted is enough
         over, equal = np.int32(0), np.int32(0)
         for i in range(m):
             size = np.int32(np.uint32(bits[i] & _MAGNITUDE))
             over = np.int32(over + np.int32(size > high))
             equal = np.int32(equal + np.int32(size == high))
-        return np.int64(over), found + np.int64(equal)
+        return np.int64(over), np.int64(zeros), found + np.int64(equal)
     marked, words = _u8(marks, J.CHUNK), carray(_pointer(marks, types.uint64), (J.CHUNK // 8,))
     above = np.int32(0)
     for i in range(m):
@@ -437,18 +483,18 @@ def _tally(bits, m, low, high, out, room, found, marks):
     for word in range((m + 7) // 8):
         if words[word] != 0:
             if found + 8 > room:
-                return np.int64(above), room + 1
+                return np.int64(above), np.int64(zeros), room + 1
             for i in range(8 * word, min(8 * word + 8, m)):
                 out[found] = np.uint32(bits[i] & _MAGNITUDE)
                 found += np.int64(marked[i])
-    return np.int64(above), found
+    return np.int64(above), np.int64(zeros), found
 
 
 @cfunc(types.int64(*_POINTERS), nopython=True, error_model="numpy")
 def tally(job_pointer, numbers_pointer):
     """Per expert: how many magnitudes lie above `high`, and which lie in [low, high]: `room` at most are kept.
 
-    Writes J.ABOVE (added to) and J.FOUND; FOUND > room says that there were more.
+    Adds to J.ABOVE, and to J.QUOTA the number of zeros; writes J.FOUND, more than the room if there were more.
     """
     count = carray(job_pointer, (J.HEAD,))[J.EXPERTS]
     job = carray(job_pointer, (J.HEAD + J.SIDE * count,))
@@ -463,12 +509,45 @@ def tally(job_pointer, numbers_pointer):
         for k in range(1 if job[J.SPARSIFY] == J.SPREAD else count):
             side = J.HEAD + k * J.SIDE
             room = job[side + J.ROOM]
-            above, job[side + J.FOUND] = _tally(
+            above, zeros, job[side + J.FOUND] = _tally(
                 _u32(chunks + 4 * J.CHUNK * k, m), m, np.int32(job[side + J.LOW]), np.int32(job[side + J.HIGH]),
                 _u32(job[side + J.FOUND_AT], room), room, job[side + J.FOUND], spare,
             )  # fmt: skip
             job[side + J.ABOVE] += above
+            job[side + J.QUOTA] += zeros
     return broken
+
+
+@cfunc(types.int64(*_POINTERS), nopython=True, error_model="numpy")
+def pick(job_pointer, numbers_pointer):
+    """The J.QUOTA-th largest of J.FOUND numbers at J.FOUND_AT, which lie in [J.LOW, J.HIGH], of one side.
+
+    Writes J.EQUAL, the number; J.QUOTA, how many that equal it are among the wanted; J.ABOVE, how many equal it.
+    Counts by ever finer bins, so that many equal numbers cost nothing.
+    """
+    job = carray(job_pointer, (J.HEAD + J.SIDE,))
+    n, wanted = job[J.HEAD + J.FOUND], job[J.HEAD + J.QUOTA]
+    low, high = job[J.HEAD + J.LOW], job[J.HEAD + J.HIGH]
+    numbers = _u32(job[J.HEAD + J.FOUND_AT], n)
+    counts = carray(_pointer(job[J.SCRATCH], types.int64), (1024,))
+    while True:
+        shift = 0
+        while (high - low) >> shift >= 1024:
+            shift += 1
+        for b in range(1024):
+            counts[b] = 0
+        for i in range(n):
+            number = np.int64(numbers[i])
+            if number >= low and number <= high:
+                counts[(number - low) >> shift] += 1
+        b = 1023
+        while counts[b] < wanted:
+            wanted -= counts[b]
+            b -= 1
+        if shift == 0:
+            job[J.HEAD + J.EQUAL], job[J.HEAD + J.QUOTA], job[J.HEAD + J.ABOVE] = low + b, wanted, counts[b]
+            return 0
+        low, high = low + (b << shift), min(high, low + ((b + 1) << shift) - 1)
 
 
 @cfunc(types.int64(*_POINTERS), nopython=True, error_model="numpy")
@@ -550,41 +629,53 @@ def _chance(rank, last, low, spread):
 
 
 @njit(error_model="numpy")
-def _prune_row(row, drawn, width, low, spread, at, bins, kept, begin):
-    """Which entries of a row stay (`plait.methods.transforms.magprune`), as bytes from kept[begin].
-
-    Magnitudes fall into bins by size. A bin's ranks bound the chances of its entries, which decides about almost all;
-    the few whose draw lies between the bounds are ranked exactly. Zeros, often many, have their own bin, where ranks
-    follow from the order alone.
-    """
-    bits, sizes, draws = _u32(row, width), _f32(row, width), _f32(drawn, width)
-    least = carray(_pointer(at, types.float64), (bins,))
-    most = carray(_pointer(at + 8 * bins, types.float64), (bins,))
-    places = carray(_pointer(at + 16 * bins, types.int32), (bins + 1,))
+def _binned(row, width, bins, target):
+    """Into which of equally wide bins each magnitude of a row falls."""
+    sizes, out = _f32(row, width), _i32(target, width)
     top = np.float32(0)
     for i in range(width):
         top = sizes[i] if sizes[i] > top else top
-    factor = np.float32(bins - 1) / top if top > np.float32(1e-30) else np.float32(0)
+    factor = np.float32(bins) / top if top > np.float32(1e-30) else np.float32(0)
+    highest = np.int32(bins - 1)
+    for i in range(width):
+        b = np.int32(sizes[i] * factor)
+        out[i] = b if b < highest else highest
+
+
+@njit(error_model="numpy")
+def _prune_row(row, drawn, binned, width, low, spread, at, bins, kept, begin):
+    """Which entries of a row stay (`plait.methods.transforms.magprune`), as bytes from kept[begin].
+
+    Magnitudes fall into bins by size. A bin's ranks bound the chances of its entries, which decides about almost all;
+    the few whose draw lies between the bounds are ranked exactly.
+    """
+    bits, draws, places_of = _u32(row, width), _f32(drawn, width), _i32(binned, width)
+    least = carray(_pointer(at, types.float64), (bins,))
+    most = carray(_pointer(at + 8 * bins, types.float64), (bins,))
+    places = _i32(at + 16 * bins, bins + 1)
     for b in range(bins + 1):
         places[b] = 0
     for i in range(width):
-        b = min(np.int64(sizes[i] * factor) + np.int64(bits[i] != 0), bins - 1)
-        places[b + 1] += np.int32(1)
-    last, zeros = width - 1, np.int64(0)
+        places[places_of[i] + 1] += np.int32(1)
+    last = width - 1
     for b in range(bins):
-        places[b + 1] = np.int32(places[b] + places[b + 1])
-        least[b] = _chance(places[b], last, low, spread)
-        most[b] = _chance(max(places[b + 1] - 1, 0), last, low, spread)
+        held = places[b + 1]
+        places[b + 1] = np.int32(places[b] + held)
+        if held:
+            least[b] = _chance(places[b], last, low, spread)
+            most[b] = _chance(places[b + 1] - 1, last, low, spread)
     for i in range(width):
-        b = min(np.int64(sizes[i] * factor) + np.int64(bits[i] != 0), bins - 1)
+        kept[begin + i] = np.uint8(np.float64(draws[i]) < least[places_of[i]])
+    # The places of the undecided take the place of the bins, which are no longer needed.
+    count = 0
+    for i in range(width):
+        b = places_of[i]
         number = np.float64(draws[i])
-        stays = number < least[b]
-        if bits[i] == 0:
-            zeros += 1
-            stays = number < _chance(places[1] - zeros, last, low, spread)
-        elif (not stays) and number < most[b]:
-            stays = number < _chance(_rank(bits, width, i), last, low, spread)
-        kept[begin + i] = np.uint8(stays)
+        places_of[count] = np.int32(i)
+        count += np.int64((number >= least[b]) & (number < most[b]))
+    for j in range(count):
+        i = np.int64(places_of[j])
+        kept[begin + i] = np.uint8(np.float64(draws[i]) < _chance(_rank(bits, width, i), last, low, spread))
 
 
 @cfunc(types.int64(*_POINTERS), nopython=True, error_model="numpy")
@@ -600,8 +691,9 @@ def prune(job_pointer, numbers_pointer):
     bins = max(64, min(4096, width >> 1))
     bits, row = _u32(scratch, width), scratch
     under, drawn = scratch + 4 * width, scratch + 8 * width
-    at = ((scratch + 12 * width + 7) >> 3) << 3
-    kept = _u8(at + 24 * bins + 64, n + 8)
+    binned = scratch + 12 * width
+    at = ((scratch + 16 * width + 7) >> 3) << 3
+    kept = _u8(at + 20 * bins + 64, n + 8)
     broken = np.int64(0)
     for k in range(count):
         side = J.HEAD + k * J.SIDE
@@ -616,7 +708,8 @@ def prune(job_pointer, numbers_pointer):
                 job[J.POSITION] + start, width,
                 job[side + J.KEY], job[side + J.KEY + 1], job[side + J.KEY + 2], drawn,
             )  # fmt: skip
-            _prune_row(row, drawn, width, chances[k], chances[count + k], at, bins, kept, start)
+            _binned(row, width, bins, binned)
+            _prune_row(row, drawn, binned, width, chances[k], chances[count + k], at, bins, kept, start)
         for i in range(n, (n + 7) // 8 * 8):
             kept[i] = np.uint8(0)
         packed = _u8(job[side + J.BITS], (n + 7) // 8)
@@ -629,6 +722,7 @@ def prune(job_pointer, numbers_pointer):
 
 
 ENTRIES = {
-    "merge": merge, "magnitudes": magnitudes, "tally": tally, "votes": votes, "norms": norms, "prune": prune,
+    "merge": merge, "magnitudes": magnitudes, "tally": tally, "pick": pick, "votes": votes, "norms": norms,
+    "prune": prune,
 }  # fmt: skip
 """What is compiled, by the name it is called by."""

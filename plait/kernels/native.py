@@ -43,7 +43,7 @@ class Loops:
         kind = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
         entries = {name: kind(self._engine.get_function_address(symbol)) for name, symbol in names.items()}
         self.merge, self.magnitudes, self.tally = entries["merge"], entries["magnitudes"], entries["tally"]
-        self.votes, self.norms, self.prune = entries["votes"], entries["norms"], entries["prune"]
+        self.pick, self.votes, self.norms, self.prune = (entries[name] for name in ("pick", "votes", "norms", "prune"))
 
 
 def loops(work: int = 0) -> Loops | None:

@@ -48,8 +48,8 @@ class Worker:
         bounds: Sequence[tuple[int, int]],
         rooms: Sequence[np.ndarray],
         found: list[int],
-    ) -> list[int]:
-        """How many magnitudes of each row lie above the upper bound.
+    ) -> list[tuple[int, int]]:
+        """How many magnitudes of each row lie above the upper bound, and how many are zero.
 
         Those between the bounds go to the row's room, after the `found` that are there; `found` is brought up to date,
         and is larger than the room where they did not fit.
@@ -61,7 +61,17 @@ class Worker:
             side[J.FOUND_AT], side[J.ROOM], side[J.FOUND], side[J.ABOVE] = room.ctypes.data, len(room), count, 0
         self._call(self.loops.tally, fused, piece)
         found[:] = sides[:, J.FOUND].tolist()
-        return sides[:, J.ABOVE].tolist()
+        return [(int(side[J.ABOVE]), int(side[J.QUOTA])) for side in sides]
+
+    def pick(self, numbers: np.ndarray, low: int, high: int, wanted: int) -> tuple[int, int, int]:
+        """The `wanted`-th largest integer of [low, high]; how many equals of it are wanted, and how many there are."""
+        job = np.zeros(J.HEAD + J.SIDE, dtype=np.int64)
+        side = job[J.HEAD :]
+        job[J.SCRATCH] = self._buffer("scratch", J.PICK_BYTES).ctypes.data
+        side[J.FOUND_AT], side[J.FOUND], side[J.QUOTA] = numbers.ctypes.data, len(numbers), wanted
+        side[J.LOW], side[J.HIGH] = low, high
+        self.loops.pick(job.ctypes.data, self._numbers.ctypes.data)
+        return int(side[J.EQUAL]), int(side[J.QUOTA]), int(side[J.ABOVE])
 
     def votes(self, fused: Fused, piece: Piece) -> int:
         """Entries whose sum over the experts is positive, less those where it is negative."""

@@ -180,11 +180,15 @@ def trivial(count: int) -> Cut:
     return Cut(bits=_NONE) if count <= 0 else Cut(bits=_ALL)
 
 
-def count_nonzero(values: Stream) -> int:
-    """Entries of a stream [1, n] that are not zero."""
-    if values.fused is not None and values.fused.plain:
-        return selection.count_nonzero(values.fused)
-    return sum(values.sweep(lambda part, _: int(torch.count_nonzero(part))))
+def largest_share(values: Stream, share: float, numel: int) -> Cut:
+    """The cut of a stream [1, n] that keeps ⌊share · (entries that are not zero)⌋ of largest magnitude."""
+    if values.fused is not None and values.fused.plain and numel:
+        found = selection.largest_share(values.fused, share, Cut, trivial)
+        if found is not None:
+            return found
+    count = int(sum(values.sweep(lambda part, _: int(torch.count_nonzero(part)))) * share)
+    ((cut,),) = largest(values, [[count]], numel)
+    return cut
 
 
 def fill_before(cuts: Sequence[Sequence[Cut]], per_piece: Sequence[list[list[int]]]) -> None:

@@ -13,7 +13,7 @@ from plait.kernels.fused import Fused, described
 from plait.lazy import torch
 from plait.methods.block import Block, per_model
 from plait.methods.contract import Fraction, PerModel, Range
-from plait.methods.select import count_nonzero, count_of, largest
+from plait.methods.select import count_of, largest, largest_share
 from plait.methods.stream import Piece, Stream
 from plait.methods.sums import totals
 
@@ -156,11 +156,17 @@ def magprune(
     return match_l1(block, deltas, kept) if rescale else kept
 
 
+_RANKED = 1 << 16
+"""Entries of a row up to which the loops rank; they take the square of it where very many are equal."""
+
+
 def _masked(block: Block, deltas: Stream, densities: Sequence[float], epsilons: Sequence[float]) -> Fused | None:
     """What `magprune` keeps, as bits: the ranks of a row are found once, though the tensor is read again."""
     if deltas.fused is None or not deltas.fused.plain or block.raw is None or any(d <= 0 for d in densities):
         return None
     width = block.grid.numel // block.shape[0] if len(block.shape) > 1 and block.shape[0] else block.grid.numel
+    if width > _RANKED:
+        return None
     masks = block.raw.worker.prune(deltas.fused, max(width, 1), densities, epsilons)
     return described(deltas, sparsify=J.MASKED, masks=masks, masked=[d < 1 for d in densities])
 
@@ -194,8 +200,7 @@ def spread(block: Block, deltas: Stream, *, select_topk: Fraction = 1.0) -> Stre
     if select_topk >= 1:
         return deltas
     variance = deltas.map(_variance, fused=described(deltas, sparsify=J.SPREAD))
-    count = int(count_nonzero(variance) * select_topk)
-    ((cut,),) = largest(variance, [[count]], deltas.grid.numel)
+    cut = largest_share(variance, select_topk, deltas.grid.numel)
     return deltas.map_pieces(
         lambda values, piece: values * cut.mask(_variance(values)[0], piece),
         fused=described(deltas, sparsify=J.SPREAD, cuts=[[cut]]),
