@@ -639,7 +639,8 @@ def _binned(row, width, bins, target):
     highest = np.int32(bins - 1)
     for i in range(width):
         b = np.int32(sizes[i] * factor)
-        out[i] = b if b < highest else highest
+        b = b if b < highest else highest
+        out[i] = b if b > 0 else np.int32(0)  # NaN and infinity become the least integer, and must stay inside too
 
 
 @njit(error_model="numpy")
