@@ -59,6 +59,7 @@ experts: setup
 	$(PY) examples/vision_demo/train_experts.py
 
 bench: setup
+	$(PY) bench/speed.py --mergekit linear ties
 	$(PY) bench/against_mergekit.py
 
 # 200 kills of real merges, fits and routed builds at random moments; every one must go on to the same bytes.
