@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 _INTERPRETER_BYTES = 180 * 10**6
 """Anonymous memory of Python with torch loaded, measured (docs/LOG.md)."""
-_READ_RATE, _WRITE_RATE = 2.0e9, 1.0e9
+_READ, _WRITE = 0.2e-9, 1.1e-9
+"""Seconds of a thread per byte: copied from the page cache; written and hashed (docs/performance.md)."""
+_DISK = 1e9
+"""Bytes a second that are read from a disk where the page cache cannot hold the inputs: an assumption."""
 """Bytes a second from and to the page cache, a cautious figure for one machine; the estimate is no more than that."""
 
 
@@ -71,10 +75,18 @@ def check_text(plan: Plan) -> None:
 
 
 def estimate_seconds(plan: Plan, budget: Budget) -> float:
-    """A rough time: bytes moved at the page cache's rate, plus the method's arithmetic on the threads."""
+    """A rough time: bytes moved and the method's arithmetic, on the threads; with a warm page cache."""
     elements = sum(tensor.spec.numel * max(len(tensor.inputs), 1) for tensor in plan.merged)
-    moving = plan.bytes_in / _READ_RATE + plan.bytes_out / _WRITE_RATE
-    return 0.5 + moving + elements * plan.method.cost * 1e-9 / budget.threads
+    moving = plan.bytes_in * _READ + plan.bytes_out * _WRITE
+    return 0.45 + (moving + elements * plan.method.cost * 1e-9) / budget.threads
+
+
+def _cold(plan: Plan) -> str:
+    """What the disk adds where memory cannot hold the inputs."""
+    if plan.bytes_in < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2:
+        return ""
+    took = show_seconds(plan.bytes_in / _DISK)
+    return f"; the inputs do not fit there: at {show_bytes(int(_DISK))} a second reading them takes {took}"
 
 
 def plan_data(plan: Plan, budget: Budget) -> dict[str, Any]:
@@ -131,7 +143,7 @@ def plan_text(plan: Plan, budget: Budget, *, every: bool) -> None:
         f"\nreads {show_bytes(data['bytes_in'])}, writes {show_bytes(data['bytes_out'])}; buffers "
         f"{show_bytes(data['buffers_peak'])} of {show_bytes(budget.memory)}{fits}, beside about "
         f"{show_bytes(_INTERPRETER_BYTES)} for Python and torch; about {show_seconds(data['seconds_estimate'])} on "
-        f"{budget.threads} thread(s) with a warm cache"
+        f"{budget.threads} thread(s) with a warm cache{_cold(plan)}"
     )
     _notes(plan.notes, out)
 

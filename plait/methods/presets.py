@@ -27,19 +27,19 @@ def _finish(block: Block, delta: Stream, lambda_: float) -> Stream:
     return finishes.add_base(block, finishes.scale(block, delta, lambda_=lambda_))
 
 
-@merge_method("linear", paper="arXiv:2203.05482", base="unused")
+@merge_method("linear", paper="arXiv:2203.05482", base="unused", cost=0.4)
 def linear(block: Block, *, weight: PerModel[float] = 1.0, normalize: bool = True) -> Stream:
     """Weighted mean of the models: Σ w_k θ_k / Σ w_k, or without `normalize` Σ w_k θ_k."""
     return combines.sum_(block, block.models, weight=weight, normalize=normalize)
 
 
-@merge_method("average", paper="arXiv:2203.05482", base="unused")
+@merge_method("average", paper="arXiv:2203.05482", base="unused", cost=0.4)
 def average(block: Block) -> Stream:
     """Plain mean of the models: Σ θ_k / K."""
     return combines.sum_(block, block.models, normalize=True)
 
 
-@merge_method("task_arithmetic", paper="arXiv:2212.04089")
+@merge_method("task_arithmetic", paper="arXiv:2212.04089", cost=0.4)
 def task_arithmetic(
     block: Block, *, weight: PerModel[float] = 1.0, normalize: bool = False, lambda_: float = 1.0
 ) -> Stream:
@@ -47,7 +47,7 @@ def task_arithmetic(
     return _finish(block, combines.sum_(block, block.deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("ties", paper="arXiv:2306.01708", survey=survey_trim, cost=11.5)
+@merge_method("ties", paper="arXiv:2306.01708", survey=survey_trim, cost=2.3)
 def ties(
     block: Block,
     *,
@@ -68,7 +68,7 @@ def ties(
     return _finish(block, combines.elect(block, deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("dare_linear", paper="arXiv:2311.03099", cost=8)
+@merge_method("dare_linear", paper="arXiv:2311.03099", cost=1.1)
 def dare_linear(
     block: Block,
     *,
@@ -84,7 +84,7 @@ def dare_linear(
     return _finish(block, combines.sum_(block, deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("dare_ties", paper="arXiv:2311.03099", cost=9.5)
+@merge_method("dare_ties", paper="arXiv:2311.03099", cost=1.2)
 def dare_ties(
     block: Block,
     *,
@@ -100,7 +100,7 @@ def dare_ties(
     return _finish(block, combines.elect(block, deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("breadcrumbs", paper="arXiv:2312.06795", cost=14)
+@merge_method("breadcrumbs", paper="arXiv:2312.06795", cost=3.2)
 def breadcrumbs(
     block: Block,
     *,
@@ -116,7 +116,7 @@ def breadcrumbs(
     return _finish(block, combines.sum_(block, deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("breadcrumbs_ties", paper="arXiv:2312.06795", cost=16)
+@merge_method("breadcrumbs_ties", paper="arXiv:2312.06795", cost=3.3)
 def breadcrumbs_ties(
     block: Block,
     *,
@@ -132,7 +132,7 @@ def breadcrumbs_ties(
     return _finish(block, combines.elect(block, deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("della", paper="arXiv:2406.11617", scope="row", cost=135)
+@merge_method("della", paper="arXiv:2406.11617", scope="row", cost=10.2)
 def della(
     block: Block,
     *,
@@ -148,7 +148,7 @@ def della(
     return _finish(block, combines.elect(block, deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("della_linear", paper="arXiv:2406.11617", scope="row", cost=130)
+@merge_method("della_linear", paper="arXiv:2406.11617", scope="row", cost=10)
 def della_linear(
     block: Block,
     *,
@@ -164,14 +164,14 @@ def della_linear(
     return _finish(block, combines.sum_(block, deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("sce", paper="arXiv:2408.07990", cost=16)
+@merge_method("sce", paper="arXiv:2408.07990", cost=2.8)
 def sce(block: Block, *, select_topk: Fraction = 1.0, lambda_: float = 1.0) -> Stream:
     """Select the entries that vary most across experts, weight experts by energy, erase minority signs."""
     deltas = transforms.spread(block, block.deltas, select_topk=select_topk)
     return _finish(block, combines.sce(block, deltas), lambda_)
 
 
-@merge_method("consensus", paper="arXiv:2405.07813", experts=(2, None), cost=4.5)
+@merge_method("consensus", paper="arXiv:2405.07813", experts=(2, None), cost=0.8)
 def consensus(
     block: Block,
     *,
