@@ -149,7 +149,9 @@ def make_routed(body: Any, layout: Layout, stored: Mapping[str, Tensor]) -> Any:
         except AttributeError:
             raise CheckpointError(f"config.json: routes '{name}', which {type(body).__name__} lacks") from None
         for own, store in stores.items():
-            value = getattr(base, own, None)
+            value = base
+            for part in own.split("."):  # of a layer inside, where the host is what is called
+                value = getattr(value, part, None)
             if not isinstance(value, Tensor) or tuple(value.shape) != store.shape:
                 raise CheckpointError(
                     f"config.json: describes experts of '{name}.{own}' as {list(store.shape)}, which that layer is not"

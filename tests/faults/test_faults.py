@@ -425,7 +425,10 @@ class TestReplacing:
     def test_a_state_stays_until_the_new_one_is_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def write(value: float) -> None:
             numbers = {"a": torch.tensor([value])}
-            write_state(tmp_path / "state", {"method": "x"}, numbers, True, scratch=tmp_path / "work")
+            texts = dict.fromkeys(("method", "paper", "sees", "split"), "x")
+            tables: dict[str, Any] = {key: {} for key in ("models", "vectors", "fit", "data", "summary")}
+            facts = {**texts, **tables, "tasks": ["a"], "seed": 0}
+            write_state(tmp_path / "state", facts, numbers, True, scratch=tmp_path / "work")
 
         write(1.0)
         before = folder_hash(tmp_path / "state")
