@@ -94,7 +94,7 @@ def _path() -> Path:
     from plait.places import cache_folder
 
     digest = hashlib.sha256()
-    for name in ("loops.py", "job.py", "build.py"):
+    for name in ("job.py", "memory.py", "stages.py", "rows.py", "loops.py", "build.py"):
         digest.update((Path(__file__).parent / name).read_bytes())
     for package in ("numba", "llvmlite"):
         try:

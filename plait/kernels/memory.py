@@ -1,0 +1,137 @@
+"""What every compiled loop is made of: views of memory at an address, widening, rounding, random numbers.
+
+Integers are cast back after every operation: numba widens them to 64 bits otherwise, which halves the vectors' width.
+"""
+
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from plait.kernels import job as J
+
+_POINTERS = (types.CPointer(types.int64), types.CPointer(types.float32))
+"""What an entry is called with: the job, and its float32 numbers."""
+_EXPONENT, _MAGNITUDE = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF)
+
+
+@intrinsic
+def _pointer(context, address, kind):
+    """An address as a pointer to float32, uint32, uint16 or uint8."""
+    del context
+    target = kind.dtype if hasattr(kind, "dtype") else kind
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(target)(address, kind), generate
+
+
+@njit(inline="always")
+def _f32(address, n):
+    return carray(_pointer(address, types.float32), (n,))
+
+
+@njit(inline="always")
+def _u32(address, n):
+    return carray(_pointer(address, types.uint32), (n,))
+
+
+@njit(inline="always")
+def _u16(address, n):
+    return carray(_pointer(address, types.uint16), (n,))
+
+
+@njit(inline="always")
+def _i32(address, n):
+    return carray(_pointer(address, types.int32), (n,))
+
+
+@njit(inline="always")
+def _u8(address, n):
+    return carray(_pointer(address, types.uint8), (n,))
+
+
+@njit(error_model="numpy")
+def _widen(code, address, start, m, target):
+    """Entries [start, start + m) of a stored run as float32 at `target`; 1 where one is not finite, else 0."""
+    out = _u32(target, m)
+    broken = np.uint32(0)
+    if code == J.BF16:
+        short = _u16(address + 2 * start, m)
+        for i in range(m):
+            bits = np.uint32(np.uint32(short[i]) << np.uint32(16))
+            out[i] = bits
+            broken |= np.uint32(np.uint32(bits & _EXPONENT) == _EXPONENT)
+    else:
+        long = _u32(address + 4 * start, m)
+        for i in range(m):
+            bits = long[i]
+            out[i] = bits
+            broken |= np.uint32(np.uint32(bits & _EXPONENT) == _EXPONENT)
+    return np.int64(broken)
+
+
+@njit(error_model="numpy")
+def _round(code, values, m, address, start):
+    """float32 to what is written: as it is, or bfloat16 to nearest even."""
+    bits = _u32(values, m)
+    if code == J.BF16:
+        out = _u16(address + 2 * start, m)
+        for i in range(m):
+            word = bits[i]
+            odd = np.uint32(np.uint32(word >> np.uint32(16)) & np.uint32(1))
+            up = np.uint32(np.uint32(np.uint32(word + np.uint32(0x7FFF)) + odd) >> np.uint32(16))
+            out[i] = np.uint16(np.uint32(0x7FC0) if np.uint32(word & _MAGNITUDE) > _EXPONENT else up)
+    else:
+        out = _u32(address + 4 * start, m)
+        for i in range(m):
+            out[i] = bits[i]
+
+
+@njit(error_model="numpy")
+def _load(job, start, m, base, chunk, k):
+    """Expert k of a chunk, as weights or as task vector, at `chunk`."""
+    side = J.HEAD + k * J.SIDE
+    broken = _widen(job[side + J.CODE], job[side + J.ADDRESS], start, m, chunk)
+    if job[J.SOURCE] == J.DELTAS:
+        values, under = _f32(chunk, m), _f32(base, m)
+        for i in range(m):
+            values[i] = values[i] - under[i]
+    return broken
+
+
+@njit(error_model="numpy")
+def _draws(low, first, second, third, n, target):
+    """Numbers in [0, 1) from 32-bit counters that begin at `low` (`plait.methods.draws` says how)."""
+    out = _f32(target, n)
+    for i in range(n):
+        x = np.uint32(np.uint32(low + np.uint32(i)) ^ first)
+        x = np.uint32(x ^ np.uint32(x >> np.uint32(16)))
+        x = np.uint32(x * np.uint32(0x7FEB352D))
+        x = np.uint32(x ^ np.uint32(x >> np.uint32(15)))
+        x = np.uint32(x * np.uint32(0x846CA68B))
+        x = np.uint32(x ^ np.uint32(x >> np.uint32(16)))
+        x = np.uint32(x ^ second)
+        x = np.uint32(x ^ np.uint32(x >> np.uint32(16)))
+        x = np.uint32(x * np.uint32(0x7FEB352D))
+        x = np.uint32(x ^ np.uint32(x >> np.uint32(15)))
+        x = np.uint32(x * np.uint32(0x846CA68B))
+        x = np.uint32(x ^ np.uint32(x >> np.uint32(16)))
+        x = np.uint32(x + third)
+        out[i] = np.float32(np.int32(np.uint32(x >> np.uint32(8)))) * np.float32(2.0**-24)
+
+
+@njit(error_model="numpy")
+def _uniform(position, m, key0, key1, key2, target):
+    """Numbers of positions [position, position + m)."""
+    done = np.int64(0)
+    while done < m:  # at most twice: a chunk may straddle a multiple of 2³²
+        at = np.uint64(position + done)
+        count = min(m - done, np.int64(0x100000000) - np.int64(at & np.uint64(0xFFFFFFFF)))
+        second = np.uint32(np.uint32(key1) ^ np.uint32(np.uint32(at >> np.uint64(32)) * np.uint32(0x9E3779B9)))
+        _draws(np.uint32(at), np.uint32(key0), second, np.uint32(key2), count, target + 4 * done)
+        done += count
