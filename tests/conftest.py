@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pico
 import pytest
 from calls import call as call
 from mini_suite import mini as mini
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _torch_alone() -> Iterator[None]:
+    """Whether compiled loops lie in the user's cache must not decide what is tested: test_kernels.py has them on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLAIT_KERNELS", "0")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,7 @@ def loops(request: pytest.FixtureRequest) -> Any:
     """The loops, compiled once for a checkout."""
     folder = request.config.cache.mkdir("plait")
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(native.OFF, raising=False)
         patch.setenv("PLAIT_CACHE", str(folder))
         patch.setattr(native, "WORTH", 0)
         native._path.cache_clear()
@@ -168,6 +171,35 @@ def test_a_number_that_is_not_finite_is_named(kind: str, models: Path, tmp_path:
         with pytest.raises(CheckpointError, match=r"a\.weight' holds NaN at \[7, 13\]"):
             plait.merge(recipe(folder, method, {"density": 0.5} if method != "task_arithmetic" else {}), tmp_path / "o")
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [(OSError(errno.EIO, "Input/output error"), "cannot be read"), (0, "too short while it was read")],
+    ids=["error", "cut"],
+)
+def test_a_read_that_fails_is_told_and_gone_on_from(
+    fault: Any, says: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(models / "bfloat16", "ties", {"density": 0.2})
+    plait.merge(asked, tmp_path / "whole", threads=1)
+    read, calls = os.preadv, Counter[str]()
+
+    def failing(*arguments: Any) -> int:
+        calls["reads"] += 1
+        if calls["reads"] < 150:
+            return read(*arguments)
+        if isinstance(fault, OSError):
+            raise fault
+        return fault
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", failing)
+        with pytest.raises(CheckpointError, match=says):
+            plait.merge(asked, tmp_path / "out", threads=1)
+    assert not (tmp_path / "out").exists()
+    assert plait.merge(asked, tmp_path / "out", threads=1).resumed
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
 def test_without_a_compiler_torch_does_it(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
