@@ -50,6 +50,10 @@ class _Summary(BaseModel):
         return self
 
 
+_MOST = 1e30
+"""No option is larger; JSON's whole numbers may be larger than any float."""
+
+
 class _Facts(BaseModel):
     """All of it."""
 
@@ -70,7 +74,10 @@ class _Facts(BaseModel):
         for key, kind in {"granularity": str, "init": (int, float), "concrete": (int, float)}.items():
             if key in self.fit and not isinstance(self.fit[key], kind):
                 raise ValueError(f"fit.{key} is of the wrong kind")
-        if not float(self.fit.get("concrete", 1)) > 0:  # pyright: ignore[reportArgumentType]
+        for key, value in self.fit.items():
+            if isinstance(value, (int, float)) and not -_MOST <= value <= _MOST:
+                raise ValueError(f"fit.{key} is beyond all numbers in use")
+        if not self.fit.get("concrete", 1) > 0:  # pyright: ignore[reportOperatorIssue]
             raise ValueError("fit.concrete must be above zero")
         return self
 
