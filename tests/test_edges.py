@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import torch
 from mini_suite import MiniSuite
 from safetensors.torch import load_file, save_file
 from test_methods import EXTRA, STATIC, make
+from test_routing import build, recipe
 
 import plait
 from plait.methods import Block, all_methods, get_method
+from plait.methods.memory import InMemory
 from plait.methods.stream import Stream
 
 MEAN = ["anchor_schedule", "average", "della", "karcher", "knots", "linear", "model_stock", "multislerp", "nuslerp",
@@ -25,9 +29,8 @@ MATRIX = ["iso_c", "iso_cts", "tsv_m", "wudi"]
 OTHER = ["consensus", "nearswap", "slerp"]
 LEARNED = [
     name for name, method in all_methods().items()
-    if method.learned is not None and method.dynamic is None and method.survey is None
+    if method.learned is not None and method.dynamic is None
 ]  # fmt: skip
-"""With a survey they need a whole merge: tests/test_learn.py."""
 SHAPES = [(), (1,), (0,), (5, 0), (33,), (17, 23)]
 
 
@@ -63,6 +66,8 @@ def merged(name: str, base: torch.Tensor, models: list[torch.Tensor]) -> torch.T
     scope = method.scope_for(keywords, "tensor", tuple(base.shape))
     block = Block.of(models, base, tasks=tasks, scope=scope)
     block.learned = Given(len(models))
+    if method.survey is not None:
+        block.state = method.survey(InMemory({"tensor": block}, keywords))
     return method.fn(block, **keywords).gather().reshape(base.shape)
 
 
@@ -137,3 +142,16 @@ def test_routed_methods_that_learn_nothing(name: str, kind: str, mini: MiniSuite
         return
     stored = load_file(plait.merge(data, tmp_path / "out").path / "routed.safetensors")
     assert all(torch.isfinite(value.float()).all() for value in stored.values())
+
+
+@pytest.mark.parametrize("name", ["twin", "wemoe", "e_wemoe", "emr", "tall_mask", "smile"])
+@pytest.mark.parametrize("kind", ["one", "equal", "many"])
+def test_routed_methods_with_any_number_of_experts(name: str, kind: str, tmp_path: Path) -> None:
+    """Routers as they are before they learn."""
+    base = pico.make_llama(tmp_path / "base", layers=1)
+    experts = pico.experts(tmp_path / "experts", base, {"one": 1, "equal": 1, "many": 32}[kind])
+    if kind == "equal":
+        experts += [Path(shutil.copytree(experts[0], tmp_path / "experts" / f"copy{i}")) for i in range(2)]
+    model = build(recipe(base, experts, name), tmp_path / "out")
+    told = {"tasks": [experts[0].name]} if name in ("emr", "tall_mask") else {}
+    assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]]), **told).logits).all()
