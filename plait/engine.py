@@ -114,7 +114,7 @@ class Engine:
         if len(whole) < len(models) or (base is None and tensor.base is not None):
             return None
         if not hasattr(self._own, "worker"):
-            self._own.worker = Worker(self._loops)
+            self._own.worker = Worker(self._loops, min(1 << 25, self.memory // (4 * self.threads)))
         return Raw(self._own.worker, whole, base, CODES[tensor.dtype])
 
     def each(self, tensors: list[TensorPlan], job: Callable[[TensorPlan], R]) -> list[R]:
@@ -276,6 +276,11 @@ class _Surveyed:
     def numel(self) -> int:
         """Entries of all tensors."""
         return sum(tensor.spec.numel for tensor in self.tensors)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the budget."""
+        return self.engine.memory
 
     def each(self, fn: Callable[[Block], R]) -> dict[str, R]:
         """fn of every block, on the engine's threads."""

@@ -224,7 +224,9 @@ class TestSelection:
         search.choose(Histograms.high(torch.from_numpy(values).abs()))
         ((want,),) = search.cuts(search.low(torch.from_numpy(values).abs()))
         if cut is None:
-            pytest.skip("two samples missed, so that histograms decide")
+            # Runs of like magnitudes mislead the samples; then the histograms decide, and nothing is left to compare.
+            assert what == "rows"
+            return
         assert (cut.bits, cut.quota, cut.equals) == (want.bits, want.quota, want.equals)
 
 

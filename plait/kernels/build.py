@@ -7,6 +7,7 @@ Runs in a process of its own: importing numba and compiling take seconds, and ne
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -40,10 +41,10 @@ def build(path: Path) -> None:
     missing = [f.name for f in whole.functions if f.is_declaration and not f.name.startswith("llvm.")]
     if set(missing) - _LIBRARY:
         raise RuntimeError(f"the compiled loops call {sorted(set(missing) - _LIBRARY)}, which nothing provides")
-    content: dict[str, Any] = {"names": names}
-    header = json.dumps(content).encode()
+    code = machine.emit_object(whole)
+    header = json.dumps({"names": names, "sha256": hashlib.sha256(code).hexdigest()}).encode()
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(len(header).to_bytes(8, "little") + header + machine.emit_object(whole))
+    partial.write_bytes(len(header).to_bytes(8, "little") + header + code)
     os.replace(partial, path)
 
 

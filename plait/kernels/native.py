@@ -16,8 +16,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from plait.kernels import job
-
 WORTH = 1 << 28
 """Bytes of input from which compiling (some ten seconds, once) is worth it."""
 OFF = "PLAIT_KERNELS"
@@ -33,12 +31,15 @@ class Loops:
         import llvmlite.binding as llvm
 
         length = int.from_bytes(content[:8], "little")
-        names: Mapping[str, str] = json.loads(content[8 : 8 + length])["names"]
+        header, code = json.loads(content[8 : 8 + length]), content[8 + length :]
+        if hashlib.sha256(code).hexdigest() != header["sha256"]:
+            raise ValueError("the compiled loops are damaged")  # they would be run as they are
+        names: Mapping[str, str] = header["names"]
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
         self._engine: Any = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        self._engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(content[8 + length :]))
+        self._engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
         kind = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
         entries = {name: kind(self._engine.get_function_address(symbol)) for name, symbol in names.items()}
@@ -64,7 +65,7 @@ def _loaded() -> Loops | None:
         return None
     try:
         return Loops(_path().read_bytes())
-    except (OSError, ValueError, RuntimeError):
+    except (OSError, ValueError, KeyError, RuntimeError):
         return None
 
 
@@ -103,6 +104,3 @@ def _path() -> Path:
             digest.update(b"none")
     digest.update(f"{llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}".encode())
     return cache_folder() / "kernels" / f"loops-{digest.hexdigest()[:20]}.o"
-
-
-__all__ = ["Loops", "job", "loops"]

@@ -27,8 +27,6 @@ _BINS = 1 << 20
 """Different magnitudes that are counted one by one; more are sorted."""
 _TRIES = (5.0, 0.0, 40.0)
 """Standard errors of the sample's ranks between the bounds. With none it is one magnitude, which very many share."""
-KEPT = 1 << 25
-"""Bytes of candidates that one tensor may keep."""
 
 
 @dataclass
@@ -82,7 +80,7 @@ def _cuts(
             else (0, TOP - 1) if sizes is None else between(sizes[k], count / numel, sure)
             for k, count in enumerate(guesses)
         ]  # fmt: skip
-        tallies = tally(fused, bounds, [_room(numel, rows, sizes is None, sure)] * rows)
+        tallies = tally(fused, bounds, [_room(fused, sizes is None, sure)] * rows)
         if tallies is None:
             continue
         cuts = [settle(fused, found, wanted((k, found)), make, trivial) for k, found in enumerate(tallies)]
@@ -91,10 +89,11 @@ def _cuts(
     return None
 
 
-def _room(numel: int, rows: int, everything: bool, sure: float) -> int:
+def _room(fused: Fused, everything: bool, sure: float) -> int:
     """Candidates of one row that fit."""
     share = 1.0 if everything else 0.03 * sure
-    return min(int(share * numel), KEPT // (4 * rows)) + 16
+    assert fused.block.raw is not None
+    return min(int(share * fused.block.grid.numel), fused.block.raw.worker.spare // (4 * fused.rows)) + 16
 
 
 def sample(fused: Fused, spans: int) -> np.ndarray:
@@ -190,12 +189,12 @@ def before(found: Tally, bits: int) -> list[int]:
 
 # The same over all tensors of a model.
 
+KEPT = 1 << 28
+"""Bytes of candidates that a whole model keeps at most, however much memory there is."""
 _MODEL_SAMPLE = 1 << 20
 """Entries of each expert that are looked at beforehand."""
 _MODEL_SLACK = 2.0
 """How much further apart the bounds are than for entries drawn one by one: runs of neighbours are alike."""
-_MODEL_KEPT = 1 << 28
-"""Bytes of candidates, of all experts together, that are expected at most; beyond it histograms take over."""
 
 
 @dataclass
@@ -243,16 +242,16 @@ def bounds_of(samples: Sequence[Sample], counts: Sequence[int], numel: int) -> l
     return bounds
 
 
-def fits(numel: int, tasks: int) -> bool:
-    """Whether a model's candidates can be kept in memory, at the worst density."""
+def fits(numel: int, tasks: int, memory: int) -> bool:
+    """Whether a model's candidates fit in so much memory, at the worst density; beyond it histograms take over."""
     share = _TRIES[0] * _MODEL_SLACK / math.sqrt(_MODEL_SAMPLE)
-    return numel <= _MODEL_SAMPLE or 4 * tasks * numel * share <= _MODEL_KEPT
+    return 4 * tasks * (numel if numel <= _MODEL_SAMPLE else numel * share) <= memory
 
 
 def tally_of(block: Any, bounds: Sequence[tuple[int, int]]) -> list[Tally] | None:
     """One pass over a block; None where the candidates do not fit."""
     if not block.grid.numel:
         return []
-    room = min(block.grid.numel, _MODEL_KEPT // (4 * len(bounds))) + 16
+    room = min(block.grid.numel, max(block.raw.worker.spare // (4 * len(bounds)), SMALL)) + 16
     found = tally(block.deltas.fused, bounds, [room] * len(bounds))
     return found and [replace(row, inside=row.inside.copy()) for row in found]

@@ -25,14 +25,14 @@ def _cut(chunk, m, low, high):
 
 
 @njit(error_model="numpy")
-def _cut_equals(chunk, m, bits_equal, quota):
-    """Of what equals a cut, keep the first `quota`; how many it were."""
+def _split_equals(chunk, m, bits_equal, quota, keep_first):
+    """Of what equals a cut, keep the first `quota` alone, or drop them alone; how many it were."""
     bits = _u32(chunk, m)
     seen = np.int64(0)
     for i in range(m):
         if np.int64(bits[i] & _MAGNITUDE) == bits_equal:
             seen += 1
-            if seen > quota:
+            if (seen > quota) == keep_first:
                 bits[i] = np.uint32(0)
     return seen
 
@@ -165,7 +165,7 @@ def _sparsify(job, numbers, start, m, count, chunks, spare):
         bits, ones = _u32(spare + 4 * J.CHUNK, m), _f32(spare + 4 * J.CHUNK, m)
         side = J.HEAD
         if job[side + J.EQUAL] >= 0:
-            job[side + J.QUOTA] -= _cut_equals(spare + 4 * J.CHUNK, m, job[side + J.EQUAL], job[side + J.QUOTA])
+            job[side + J.QUOTA] -= _split_equals(spare + 4 * J.CHUNK, m, job[side + J.EQUAL], job[side + J.QUOTA], True)
         low = np.int32(job[side + J.LOW])
         for i in range(m):
             ones[i] = np.float32(1) if np.int32(bits[i]) >= low else np.float32(0)
@@ -176,9 +176,11 @@ def _sparsify(job, numbers, start, m, count, chunks, spare):
             chunk = chunks + 4 * J.CHUNK * k
             if kind == J.CUT:
                 if job[side + J.EQUAL] >= 0:
-                    job[side + J.QUOTA] -= _cut_equals(chunk, m, job[side + J.EQUAL], job[side + J.QUOTA])
+                    job[side + J.QUOTA] -= _split_equals(chunk, m, job[side + J.EQUAL], job[side + J.QUOTA], True)
                 if job[side + J.EQUAL_TOP] >= 0:
-                    job[side + J.QUOTA_TOP] -= _drop_equals(chunk, m, job[side + J.EQUAL_TOP], job[side + J.QUOTA_TOP])
+                    job[side + J.QUOTA_TOP] -= _split_equals(
+                        chunk, m, job[side + J.EQUAL_TOP], job[side + J.QUOTA_TOP], False
+                    )
                 _cut(chunk, m, np.int32(job[side + J.LOW]), np.int32(job[side + J.HIGH]))
             elif kind == J.DROP and numbers[count + k] < 1:
                 _uniform(
@@ -190,19 +192,6 @@ def _sparsify(job, numbers, start, m, count, chunks, spare):
                 _mask(chunk, m, job[side + J.BITS], start)
             if job[J.RESCALE] != 0:
                 _scale(chunk, m, numbers[2 * count + k])
-
-
-@njit(error_model="numpy")
-def _drop_equals(chunk, m, bits_equal, quota):
-    """Of what equals the upper cut, drop the first `quota`; how many it were."""
-    bits = _u32(chunk, m)
-    seen = np.int64(0)
-    for i in range(m):
-        if np.int64(bits[i] & _MAGNITUDE) == bits_equal:
-            seen += 1
-            if seen <= quota:
-                bits[i] = np.uint32(0)
-    return seen
 
 
 @njit(error_model="numpy")

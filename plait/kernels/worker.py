@@ -17,8 +17,10 @@ from plait.methods.stream import Piece
 class Worker:
     """Buffers of one thread. Nothing here may be used by two threads at once."""
 
-    def __init__(self, loops: Loops) -> None:
+    def __init__(self, loops: Loops, spare: int = 1 << 25) -> None:
         self.loops = loops
+        self.spare = spare
+        """Bytes that a search in one tensor may keep beside the buffers of a piece."""
         self._buffers: dict[str, np.ndarray] = {}
         self._job = np.zeros(0, dtype=np.int64)
         self._numbers = np.zeros(0, dtype=np.float32)

@@ -278,6 +278,10 @@ class _View:
     def numel(self) -> int:
         return self.model.numel
 
+    @property
+    def memory(self) -> int:
+        return self.model.memory
+
     def each(self, fn: Callable[[Block], Any]) -> dict[str, Any]:
         return self.model.each(fn)
 

@@ -39,6 +39,11 @@ class Model(Protocol):
         ...
 
     @property
+    def memory(self) -> int:
+        """Bytes that the merge may use."""
+        ...
+
+    @property
     def params(self) -> Mapping[str, Mapping[str, Any]]:
         """Keyword arguments of the method, per tensor name."""
         ...
@@ -92,7 +97,7 @@ def _by_tally(model: Model, densities: Any) -> dict[str, list[list[Cut]]] | None
     if not samples or len(samples) < len(sampled):
         return None
     tasks = max(len(found.sizes) for found in samples)
-    if not selection.fits(model.numel, tasks):
+    if not selection.fits(model.numel, tasks, min(selection.KEPT, model.memory // 2)):
         return None
     counts = [count_of(d, model.numel) for d in per_model(densities, tasks)]
     bounds = selection.bounds_of(samples, counts, model.numel)
