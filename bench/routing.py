@@ -9,7 +9,8 @@ Ways, all in one process and taken in turn, so that what disturbs the machine di
     ensemble    all K experts on all samples
     dense       ours, whole task vectors, soft weights
     one-hot     ours, whole task vectors, every sample one expert (top-1, task switches)
-    rank R      ours, low-rank experts
+    rank R      ours, low-rank experts, soft weights
+    rank R top 1 ours, low-rank experts, every sample one
 Every way is compared with the loop first. Adds lines to bench/results/routing.csv.
 """
 
@@ -93,6 +94,10 @@ def ways(k: int, batch: int, dtype: torch.dtype, ranks: list[int]) -> dict[str, 
         thin = Mlp(routed(one, a, rank, route), routed(two, b, rank, route), route)
         size = base + 2 * k * rank * (WIDTH + INNER) * a.element_size()
         found[f"rank {rank}"] = (lambda x, thin=thin: thin(x, soft), size)
+        few = Route("mlp")
+        few.top = 1
+        own = Mlp(routed(one, a, rank, few), routed(two, b, rank, few), few)
+        found[f"rank {rank} top 1"] = (lambda x, own=own: own(x, hot), size)
     return found
 
 

@@ -21,6 +21,7 @@ from plait.recipe import load_recipe
 from plait.routing import mixing
 from plait.routing.build import prepare, write_folder
 from plait.routing.packing import bits_of, flags_of, pack, unpack
+from plait.routing.routers import of_top
 from plait.routing.stores import Store
 from plait.run import Silent
 
@@ -199,6 +200,23 @@ class TestMixing:
             assert torch.allclose(mixing.low_rank(start.clone(), x, weights, down, up, owner), wanted + 1, atol=1e-5)
         per_token = weights.unsqueeze(1).expand(4, 6, 3)
         assert torch.allclose(mixing.low_rank(start, x, per_token, down, up, owner), wanted + 1, atol=1e-5)
+
+    @pytest.mark.parametrize("top", [1, 2])
+    def test_samples_that_use_few_low_rank_experts_read_theirs_alone(
+        self, top: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        g = torch.Generator().manual_seed(top)
+        x, down, up = (torch.randn(s, generator=g) for s in ((5, 60, 6), (16, 6), (16, 3)))
+        owner = torch.arange(8).repeat_interleave(2)
+        weights = of_top(torch.rand(5, 8, generator=g).softmax(-1), top)
+        start = torch.randn(5, 60, 3, generator=g)
+        all_of_them = mixing.low_rank(start.clone(), x, weights, down, up, owner)
+        monkeypatch.setattr(mixing, "linear", None)  # what reads all experts
+        assert torch.allclose(mixing.low_rank(start.clone(), x, weights, down, up, owner, top), all_of_them, atol=1e-5)
+        with torch.no_grad():
+            assert torch.allclose(
+                mixing.low_rank(start.clone(), x, weights, down, up, owner, top), all_of_them, atol=1e-5
+            )
 
 
 class TestStores:

@@ -22,6 +22,8 @@ class Route:
         self.weights: Tensor | None = None
         """[batch, K], or [batch, tokens, K]; None: the base alone."""
         self.last: Tensor | None = None
+        self.top = 0
+        """How many experts a router gives to a sample at most; 0: all."""
         self.fixed = False
         self.held = False
         """Keep what is there: a sequence is routed once, by its prompt."""
@@ -32,7 +34,7 @@ class Route:
             self.weights = weights
 
     def fix(self, weights: Tensor) -> None:
-        """Take weights that no router replaces in this forward pass."""
+        """Take one expert a sample, by its task; no router replaces it in this forward pass."""
         self.weights, self.fixed = weights, True
 
     def rest(self) -> None:
@@ -145,7 +147,9 @@ class RoutedLinear(Routed):
             y = linear(rows, base.weight)
         elif parts.store.kind == "low_rank":
             found = parts.open(x)
-            y = mixing.low_rank(linear(rows, base.weight), rows, weights, found["down"], found["up"], parts.owner)
+            top = 1 if self.route.fixed else self.route.top
+            top = top if len(set(parts.store.ranks)) == 1 else 0
+            y = mixing.low_rank(linear(rows, base.weight), rows, weights, found["down"], found["up"], parts.owner, top)
         else:
             y = mixing.dense(
                 rows, weights, base.weight, lambda picked: parts.deltas(x, picked), steerable(weights)

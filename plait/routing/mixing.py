@@ -4,7 +4,8 @@
     merged   (W0 + Σ_k w_k Δ_k) for each sample  weights by one product [B, K]·[K, mn], then batched products
     grouped  the same once for all samples whose weights are equal: task switches, top-1 routing
 
-Low-rank experts need no choice: (x Vᵀ · w) U is one pair of thin products, whatever the weights are.
+Low-rank experts are one pair of thin products, (x Vᵀ · w) U, whatever the weights are; where every sample uses few of
+them, it reads its own alone.
 """
 
 from __future__ import annotations
@@ -20,18 +21,39 @@ _MERGE, _BATCHED = 4.0, 1.1
 over one token (measured on one core, docs/LOG.md)."""
 _SAMPLES, _BLOCK, _FEW = 8, 3 << 14, 64
 """Samples and entries of own weights that are made at once, so that they stay in a core's cache; up to so many tokens,
-and four times the entries beyond."""
+and sixteen times the entries beyond."""
 
 
-def low_rank(y: Tensor, x: Tensor, weights: Tensor, down: Tensor, up: Tensor, owner: Tensor) -> Tensor:
+_GATHER = 16
+"""Cost of copying one direction for a sample, in products of that direction with a token (docs/LOG.md)."""
+
+
+def low_rank(
+    y: Tensor, x: Tensor, weights: Tensor, down: Tensor, up: Tensor, owner: Tensor, top: int = 0
+) -> Tensor:  # fmt: skip
     """y + Σ_k w_k (x V_kᵀ) U_k; may write into y.
 
-    y [B, T, m], x [B, T, n], weights [B, K] or [B, T, K], down [R, n], up [R, m], owner [R] → [B, T, m].
+    y [B, T, m], x [B, T, n], weights [B, K] or [B, T, K], down [R, n], up [R, m], owner [R] → [B, T, m]. `top` says
+    that all experts have the same rank, and that at most so many of a sample's weights are not zero.
     """
+    experts, tokens = weights.shape[-1], x.shape[1]
+    if weights.ndim == 2 and 0 < top * (tokens + _GATHER) < experts * tokens:
+        return _few(y, x, weights, down, up, top)
     share = weights[..., owner]
     inner = linear(x, down) * (share if share.ndim == x.ndim else share.unsqueeze(1))
     flat, inner = y.view(-1, y.shape[-1]), inner.view(-1, inner.shape[-1])
     return (flat.addmm_(inner, up) if _may_write() else torch.addmm(flat, inner, up)).view(y.shape)
+
+
+def _few(y: Tensor, x: Tensor, weights: Tensor, down: Tensor, up: Tensor, top: int) -> Tensor:
+    """The same with the directions of every sample's own experts, [B, top·r, n] and [B, top·r, m]."""
+    experts = weights.shape[-1]
+    share, places = weights.topk(top, dim=-1)
+    rank = len(down) // experts
+    reads = down.view(experts, rank, -1)[places].flatten(1, 2)
+    writes = up.view(experts, rank, -1)[places].flatten(1, 2)
+    inner = torch.bmm(x, reads.transpose(1, 2)) * share.repeat_interleave(rank, 1).unsqueeze(1)
+    return y.baddbmm_(inner, writes) if _may_write() else torch.baddbmm(y, inner, writes)
 
 
 def _may_write() -> bool:
@@ -86,7 +108,7 @@ def _merged(x: Tensor, weights: Tensor, base: Tensor, deltas: Tensor) -> Tensor:
     """Block by block of output rows and samples."""
     rows = base.shape[0]
     if len(x) >= _SAMPLES // 2:
-        rows = max(1, _BLOCK * (1 if x.shape[1] <= _FEW else 4) // base.shape[1])
+        rows = max(1, _BLOCK * (1 if x.shape[1] <= _FEW else 16) // base.shape[1])
     y = x.new_empty(*x.shape[:-1], base.shape[0]) if _may_write() else None
     blocks: list[Tensor] = []
     for at, part, delta in zip(range(0, base.shape[0], rows), base.split(rows), deltas.split(rows, dim=1), strict=True):

@@ -152,6 +152,7 @@ class Features:
 
     def __init__(self, router: FeatureRouter, route: Route, context: Context, top: int) -> None:
         self.router, self.route, self.context, self.top = router, route, context, top
+        self.route.top = top
 
     def decide(self, features: Tensor) -> Tensor:
         """Features [B, d] → weights [B, K]."""
