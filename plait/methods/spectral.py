@@ -6,15 +6,14 @@ in: scale by lambda, add the base. Directions that no expert has moved stay unmo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from plait.lazy import torch
 from plait.methods import finishes
 from plait.methods.block import Block, per_model
 from plait.methods.contract import Fraction, PerModel, merge_method
-from plait.methods.matrices import is_matrix, mean, on_matrix, orthogonal, svd
+from plait.methods.matrices import Triplets, is_matrix, largest, mean, on_matrix, polar, whitening
 from plait.methods.stream import Stream
-
-Triplets = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]
-"""u [m, r], s [r], v [n, r]."""
 
 
 def singular_vectors(block: Block, deltas: Stream, *, weight: PerModel[float] = 1.0) -> Stream:
@@ -29,7 +28,7 @@ def singular_vectors(block: Block, deltas: Stream, *, weight: PerModel[float] = 
 
     def merge(matrices: torch.Tensor) -> torch.Tensor:
         u, s, v = _side_by_side(_shares(matrices, weights))
-        return (orthogonal(u) * s) @ orthogonal(v).T
+        return u @ ((whitening(u)[0] * s) @ whitening(v)[0]) @ v.T
 
     return on_matrix(block, merge, deltas)
 
@@ -49,7 +48,8 @@ def singular_parts(block: Block, deltas: Stream) -> Stream:
         shares = _shares(block.units(values), [1.0] * count)
         u, s, v = _side_by_side(shares)
         sizes = [len(own) for _, own, _ in shares]
-        pairs = zip((orthogonal(u) * s).split(sizes, dim=1), orthogonal(v).split(sizes, dim=1), strict=True)
+        u, v = u @ (whitening(u)[0] * s), v @ whitening(v)[0]
+        pairs = zip(u.split(sizes, dim=1), v.split(sizes, dim=1), strict=True)
         return torch.stack([left @ right.T for left, right in pairs]).to(values.dtype).reshape(count, -1)
 
     return deltas.map(split)
@@ -58,7 +58,7 @@ def singular_parts(block: Block, deltas: Stream) -> Stream:
 def _shares(matrices: torch.Tensor, weights: list[float]) -> list[Triplets]:
     """Every expert's largest singular triplets, an equal number of each."""
     share = max(min(matrices.shape[1:]) // len(matrices), 1)
-    return [_largest(w * matrix, share) for w, matrix in zip(weights, matrices, strict=True)]
+    return [largest(w * matrix, share) for w, matrix in zip(weights, matrices, strict=True)]
 
 
 def isotropic(block: Block, deltas: Stream, *, weight: PerModel[float] = 1.0) -> Stream:
@@ -72,8 +72,8 @@ def isotropic(block: Block, deltas: Stream, *, weight: PerModel[float] = 1.0) ->
         return mean(deltas, weights)
 
     def merge(matrices: torch.Tensor) -> torch.Tensor:
-        u, s, v = svd(_sum(matrices, weights))
-        return s.mean() * (u @ v.T) if len(s) else torch.zeros_like(matrices[0])
+        factor, s = polar(_sum(matrices, weights))
+        return s.mean() * factor if len(s) else factor
 
     return on_matrix(block, merge, deltas)
 
@@ -92,14 +92,12 @@ def isotropic_shared(block: Block, deltas: Stream, *, weight: PerModel[float] = 
     def merge(matrices: torch.Tensor) -> torch.Tensor:
         rank, count = min(matrices.shape[1:]), len(matrices)
         own = min(round((rank - int(rank * common)) / count), rank // count)
-        parts = [_largest(_sum(matrices, weights), rank - own * count)]
-        shared = parts[0][0]
-        for w, matrix in zip(weights, matrices, strict=True):
-            wide = w * matrix.to(shared.dtype)
-            rest = wide - shared @ (shared.T @ wide)
-            parts.append(_largest(rest.to(matrix.dtype), own, float(torch.linalg.matrix_norm(wide))))
+        parts = [largest(_sum(matrices, weights), rank - own * count)]
+        if own:
+            beside = _beside(parts[0][0])
+            parts += [beside(w * matrix, own) for w, matrix in zip(weights, matrices, strict=True)]
         u, s, v = _side_by_side(parts)
-        return s.mean() * (orthogonal(u) @ orthogonal(v).T) if len(s) else torch.zeros_like(matrices[0])
+        return s.mean() * (u @ (whitening(u)[0] @ whitening(v)[0]) @ v.T) if len(s) else torch.zeros_like(matrices[0])
 
     return on_matrix(block, merge, deltas)
 
@@ -112,9 +110,23 @@ def _sum(matrices: torch.Tensor, weights: list[float]) -> torch.Tensor:
     return result
 
 
-def _largest(matrix: torch.Tensor, count: int, beside: float = 0.0) -> Triplets:
-    u, s, v = svd(matrix, beside)
-    return u[:, :count].clone(), s[:count], v[:, :count].clone()  # a view would keep all of them in memory
+def _beside(shared: torch.Tensor) -> Callable[[torch.Tensor, int], Triplets]:
+    """u_c [m, r] orthonormal → (matrix [m, n], count) ↦ the largest triplets of matrix − u_c u_cᵀ matrix.
+
+    Where m ≤ n, they are those of pᵀ matrix, p the directions beside u_c: few.
+    """
+    rows, rank = shared.shape
+    outside = torch.linalg.qr(shared, mode="complete").Q[:, rank:]
+
+    def triplets(matrix: torch.Tensor, count: int) -> Triplets:
+        size = float(torch.linalg.matrix_norm(matrix.to(shared.dtype)))
+        if rows > matrix.shape[1]:
+            near = shared.to(matrix.dtype)
+            return largest(matrix - near @ (near.T @ matrix), count, size)
+        u, s, v = largest((outside.T @ matrix.to(shared.dtype)).to(matrix.dtype), count, size)
+        return outside @ u, s, v
+
+    return triplets
 
 
 def _side_by_side(parts: list[Triplets]) -> Triplets:
