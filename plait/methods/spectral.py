@@ -6,8 +6,6 @@ in: scale by lambda, add the base. Directions that no expert has moved stay unmo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from plait.lazy import torch
 from plait.methods import finishes
 from plait.methods.block import Block, per_model
@@ -94,8 +92,8 @@ def isotropic_shared(block: Block, deltas: Stream, *, weight: PerModel[float] = 
         own = min(round((rank - int(rank * common)) / count), rank // count)
         parts = [largest(_sum(matrices, weights), rank - own * count)]
         if own:
-            beside = _beside(parts[0][0])
-            parts += [beside(w * matrix, own) for w, matrix in zip(weights, matrices, strict=True)]
+            weighed = [w * matrix for w, matrix in zip(weights, matrices, strict=True)]
+            parts += _own_parts(weighed, parts[0][0], own)
         u, s, v = _side_by_side(parts)
         return s.mean() * (u @ (whitening(u)[0] @ whitening(v)[0]) @ v.T) if len(s) else torch.zeros_like(matrices[0])
 
@@ -110,23 +108,21 @@ def _sum(matrices: torch.Tensor, weights: list[float]) -> torch.Tensor:
     return result
 
 
-def _beside(shared: torch.Tensor) -> Callable[[torch.Tensor, int], Triplets]:
-    """u_c [m, r] orthonormal → (matrix [m, n], count) ↦ the largest triplets of matrix − u_c u_cᵀ matrix.
+def _own_parts(matrices: list[torch.Tensor], shared: torch.Tensor, count: int) -> list[Triplets]:
+    """The `count` largest triplets of every matrix − u_c u_cᵀ matrix, [m, n], u_c [m, r] orthonormal.
 
-    Where m ≤ n, they are those of pᵀ matrix, p the directions beside u_c: few.
+    Where m ≤ n, they are those of pᵀ matrix, p the m − r directions beside u_c: few.
     """
-    rows, rank = shared.shape
-    outside = torch.linalg.qr(shared, mode="complete").Q[:, rank:]
-
-    def triplets(matrix: torch.Tensor, count: int) -> Triplets:
-        size = float(torch.linalg.matrix_norm(matrix.to(shared.dtype)))
-        if rows > matrix.shape[1]:
-            near = shared.to(matrix.dtype)
-            return largest(matrix - near @ (near.T @ matrix), count, size)
-        u, s, v = largest((outside.T @ matrix.to(shared.dtype)).to(matrix.dtype), count, size)
-        return outside @ u, s, v
-
-    return triplets
+    sizes = [float(torch.linalg.vector_norm(matrix, dtype=shared.dtype)) for matrix in matrices]
+    rows, columns = matrices[0].shape
+    if rows > columns:
+        near = shared.to(matrices[0].dtype)
+        rests = (matrix - near @ (near.T @ matrix) for matrix in matrices)
+        return [largest(rest, count, size) for rest, size in zip(rests, sizes, strict=True)]
+    outside = torch.linalg.qr(shared, mode="complete").Q[:, shared.shape[1] :]
+    rests = ((outside.T @ matrix.to(shared.dtype)).to(matrix.dtype) for matrix in matrices)
+    found = [largest(rest, count, size) for rest, size in zip(rests, sizes, strict=True)]
+    return [(outside @ u, s, v) for u, s, v in found]
 
 
 def _side_by_side(parts: list[Triplets]) -> Triplets:
