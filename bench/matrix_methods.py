@@ -40,7 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "shapes": [(2048, 2048)] * 2 + [(512, 2048)] * 2 + [(8192, 2048)] * 2 + [(2048, 8192)],
     },
 }  # fmt: skip
-METHODS = ["task_arithmetic", "tsv_m", "iso_c", "iso_cts", "knots", "wudi", "regmean"]
+METHODS = ["tsv_m", "iso_c", "iso_cts", "knots", "wudi", "regmean"]
 FEW, SOME, ALL = 10, 40, 300
 """Steps of wudi: two that are timed, and its default."""
 
