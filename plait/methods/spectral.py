@@ -1,7 +1,11 @@
 """Merges of task vectors by their singular values: TSV-M, Iso-C and Iso-CTS.
 
-Matrices (`matrices.is_matrix`) are merged as wholes, in float64; of everything else the experts' mean is taken. All end
-in: scale by lambda, add the base. Directions that no expert has moved stay unmoved, and so do tensors.
+Matrices (`matrices.is_matrix`) are merged as wholes, in float64 but for how an expert's largest directions are found
+(`matrices.largest`); of everything else the experts' mean is taken. All end in: scale by lambda, add the base.
+Directions that no expert has moved stay unmoved, and so do tensors.
+
+From float64 throughout they are apart, by the norm of the merged task vector (docs/performance.md): Iso-C 3e-5 at most,
+TSV-M and Iso-CTS 1e-4, over singular values from flat to 1/i², LoRA, and the experts of a ViT-S.
 """
 
 from __future__ import annotations
