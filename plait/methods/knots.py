@@ -51,7 +51,7 @@ def aligned(
     return on_matrix(block, in_one_basis, deltas)
 
 
-@merge_method("knots", paper="arXiv:2410.19735", whole_if=is_matrix, cost=225)
+@merge_method("knots", paper="arXiv:2410.19735", whole_if=is_matrix, cost=175)
 def knots(
     block: Block,
     *,

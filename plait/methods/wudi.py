@@ -64,7 +64,7 @@ def _root_mean_square(values: torch.Tensor) -> float:
 
 
 def _gradient(matrices: torch.Tensor, sizes: Sequence[float], unit: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """[K, m, n] → x ↦ 2(xA − B/unit). A [n, n] stays in factors where two products with them are the cheaper."""
+    """[K, m, n] → x ↦ 2(xA − B/unit). A [n, n] stays in factors where they are smaller."""
     # An expert that equals the base has no say.
     scaled = torch.stack([matrix / (size or 1.0) for matrix, size in zip(matrices, sizes, strict=True)])
     target = torch.zeros_like(matrices[0])
@@ -72,7 +72,7 @@ def _gradient(matrices: torch.Tensor, sizes: Sequence[float], unit: float) -> Ca
         target += torch.linalg.multi_dot([matrix, part.T, part])
     target /= unit
     rows = scaled.flatten(0, 1)  # [K·m, n]
-    if 2 * len(rows) < rows.shape[1]:
+    if len(rows) < rows.shape[1]:
         return lambda x: ((x @ rows.T) @ rows - target) * 2
     products = rows.T @ rows
     return lambda x: (x @ products - target) * 2
