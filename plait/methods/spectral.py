@@ -4,8 +4,8 @@ Matrices (`matrices.is_matrix`) are merged as wholes, in float64 but for how an 
 (`matrices.largest`); of everything else the experts' mean is taken. All end in: scale by lambda, add the base.
 Directions that no expert has moved stay unmoved, and so do tensors.
 
-How far they are from float64 throughout, by the norm of the merged task vector, is in docs/performance.md: on experts of
-a ViT-S TSV-M 7e-5, Iso-CTS 3e-6, Iso-C 8e-8.
+How far they are from float64 throughout, by the norm of the merged task vector, is in docs/performance.md: on experts
+of a ViT-S TSV-M 7e-5, Iso-CTS 3e-6, Iso-C 8e-8.
 """
 
 from __future__ import annotations
