@@ -17,7 +17,7 @@ from plait.errors import RecipeError
 from plait.methods import Block, get_method
 from plait.methods.compose import method_of
 from plait.methods.finishes import svc
-from plait.methods.matrices import is_matrix, orthogonal, svd
+from plait.methods.matrices import is_matrix, largest, polar, svd
 from plait.methods.spectral import singular_parts, singular_vectors
 from plait.methods.wudi import is_linear
 from plait.recipe import load_recipe
@@ -260,7 +260,36 @@ def test_decomposition_is_one(shape: tuple[int, int], dtype: torch.dtype) -> Non
     torch.testing.assert_close((u * s) @ v.T, matrix.double(), rtol=0, atol=1e-12)
     for side in (u, v):
         torch.testing.assert_close(side.T @ side, torch.eye(30, dtype=torch.float64), rtol=0, atol=1e-12)
-    torch.testing.assert_close(orthogonal(matrix.double()), u @ v.T, rtol=0, atol=1e-10)
+    factor, sizes = polar(matrix)
+    torch.testing.assert_close(factor, u @ v.T, rtol=0, atol=1e-10)
+    torch.testing.assert_close(sizes.sort(descending=True).values, s, rtol=1e-10, atol=0)
+
+
+def spectra(shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Matrices of which few singular vectors are wanted, by how their singular values fall."""
+    noise = torch.Generator().manual_seed(0)
+    normal = torch.randn(shape, generator=noise, dtype=torch.float64)
+    low = torch.randn(shape[0], 16, generator=noise) @ torch.randn(16, shape[1], generator=noise)
+    u, _, vh = torch.linalg.svd(normal, full_matrices=False)
+    place = 1.0 + torch.arange(len(vh))
+    falling = {f"1/i^{power}": (u * place**-power) @ vh for power in (1, 2, 4)}
+    return {"random": normal, "LoRA": low, "LoRA and noise": low + normal, "one": normal[:, :1] * vh[:1],
+            "nothing": 0 * normal, **falling}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 200), (200, 500)], ids=str)
+@pytest.mark.parametrize("kind", spectra((4, 4)))
+def test_few_of_many_triplets_are_those_of_float64(kind: str, shape: tuple[int, int]) -> None:
+    matrix = spectra(shape)[kind].float()
+    u, s, v = largest(matrix, 25)
+    want_u, want_s, want_v = svd(matrix.double())
+    count = min(25, int(torch.count_nonzero(want_s > 1e-5 * want_s[:1].sum())))
+    assert len(s) == count
+    torch.testing.assert_close(s, want_s[:count], rtol=1e-5, atol=1e-9)
+    # Single vectors may turn among equals; what they span together, weighed by the singular values, may not.
+    want = (want_u[:, :count] * want_s[:count]) @ want_v[:, :count].T
+    assert float(torch.linalg.norm((u * s) @ v.T - want)) <= 1e-4 * float(torch.linalg.norm(want))
+    torch.testing.assert_close(u.T @ u, torch.eye(count, dtype=torch.float64), rtol=0, atol=1e-5)
 
 
 def spelt(llama: dict[str, Path], **more: Any) -> dict[str, Any]:

@@ -43,15 +43,15 @@ def aligned(
         return merge(block, deltas)
 
     def in_one_basis(matrices: torch.Tensor) -> torch.Tensor:
-        u, s = svd(torch.cat(tuple(matrices), dim=1))[:2]
-        parts = [(u.T @ matrix.to(u.dtype) / s.unsqueeze(1)).to(matrix.dtype) for matrix in matrices]  # V_kᵀ, [r, n]
+        u, s, v = svd(torch.cat(tuple(matrices), dim=1))
+        parts = [part.T.to(matrices.dtype).contiguous() for part in v.split(matrices.shape[2])]  # V_kᵀ, [r, n]
         inner = Block.of(parts, name=block.name, tasks=block.tasks, scope="tensor", seed=block.seed)
         return (u * s) @ inner.units(merge(inner, inner.models).gather()).to(u.dtype)
 
     return on_matrix(block, in_one_basis, deltas)
 
 
-@merge_method("knots", paper="arXiv:2410.19735", whole_if=is_matrix, cost=225)
+@merge_method("knots", paper="arXiv:2410.19735", whole_if=is_matrix, cost=175)
 def knots(
     block: Block,
     *,

@@ -281,7 +281,7 @@ def awd_adamerging(
     "tsv_adamerging",
     paper="arXiv:2412.00081",
     whole_if=is_matrix,
-    cost=140,
+    cost=87,
     learned=Learned("coefficients", PartsFit, parts),
 )
 def tsv_adamerging(block: Block) -> Stream:
