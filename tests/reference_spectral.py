@@ -113,6 +113,20 @@ def wudi(
     return base + x
 
 
+def wudi_ridge(base: Array, models: Sequence[Array], ridge: float) -> Array:
+    """The minimum of Σ_k ‖(x − τ_k) τ_kᵀ‖²/‖τ_k‖² + c ‖x − Σ τ_k‖², row by row as least squares."""
+    taus = [tau for tau in task_vectors(base, models) if tau.any()]
+    total = np.sum(taus, axis=0)
+    read = [tau / np.sqrt((tau**2).sum()) for tau in taus]
+    c = ridge * sum((part**2).sum() for part in read) / base.shape[1]
+    stacked = np.vstack([*read, np.sqrt(c) * np.eye(base.shape[1])])
+    rows = []
+    for i in range(base.shape[0]):
+        wanted = [part @ tau[i] for part, tau in zip(read, taus, strict=True)]
+        rows.append(np.linalg.lstsq(stacked, np.concatenate([*wanted, np.sqrt(c) * total[i]]), rcond=None)[0])
+    return base + np.stack(rows)
+
+
 def knots(
     base: Array,
     models: Sequence[Array],

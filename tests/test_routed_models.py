@@ -171,6 +171,23 @@ class TestLearning:
         with pytest.raises(RecipeError, match="was learned with the parameters"):
             plait.merge(other, tmp_path / "other", state=tmp_path / "state")
 
+    def test_a_router_of_tasks_goes_with_any_compression(self, mini: MiniSuite, tmp_path: Path) -> None:
+        plait.fit(by_method("twin", mini.suite, {"rank": 8, "epochs": 3}), tmp_path / "state")
+        routers = []
+        for name, route in {
+            "thin": {"rank": 1, "precision": "int8"},
+            "pruned": {"keep": "magnitude", "top": 1},
+        }.items():
+            made = plait.merge(by_method("twin", mini.suite, route), tmp_path / name, state=tmp_path / "state")
+            assert evaluate(made.path, mini.suite, options=Options(use_cache=False)).routing is not None
+            held = load_file(made.path / "routed.safetensors")
+            routers.append({key: value for key, value in held.items() if key.startswith("routers.")})
+        assert routers[0]
+        assert all(torch.equal(value, routers[1][key]) for key, value in routers[0].items())
+        other = by_method("twin", mini.suite).model_copy(update={"shared": "average"})
+        with pytest.raises(RecipeError, match="was learned with the parameters"):
+            plait.merge(other, tmp_path / "other", state=tmp_path / "state")
+
     def test_a_switch_may_become_a_router(self, mini: MiniSuite, tmp_path: Path) -> None:
         plait.merge(by_method("emr", mini.suite), tmp_path / "told")
         assert evaluate(tmp_path / "told", mini.suite, options=Options(use_cache=False)).protocol.task_id == "model"

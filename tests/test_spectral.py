@@ -177,6 +177,21 @@ class TestEquivalences:
             get_method("wudi")(models, base, steps=0), get_method("task_arithmetic")(models, base)
         )
 
+    @pytest.mark.parametrize("shape", [(30, 50), (50, 30)])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_ridge_of_wudi_is_its_least_squares(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        base, models = make(shape)
+        models.append(base.clone())  # an expert without a say
+        want = ref.wudi_ridge(base.numpy(), [m.numpy() for m in models], 0.1)
+        got = get_method("wudi")([m.to(dtype) for m in models], base.to(dtype), ridge=0.1)
+        assert apart(got, want, base) < (1e-10 if dtype == torch.float64 else 1e-5)
+
+    def test_ridge_of_wudi_lies_between_the_sum_and_the_minimum(self) -> None:
+        base, models = make((30, 50))
+        total = get_method("task_arithmetic")(models, base)
+        torch.testing.assert_close(get_method("wudi")(models, base, ridge=1e9), total, rtol=1e-6, atol=1e-6)
+        assert torch.equal(get_method("wudi")([base, base], base, ridge=0.1), base)
+
     def test_steps_of_wudi_lower_its_loss(self) -> None:
         base, models = make((30, 50))
         taus = [m - base for m in models]

@@ -142,9 +142,11 @@ def vector_settings(plan: Plan) -> dict[str, Any]:
         return {key: value for key, value in given.items() if key in shaping}
 
     per_model = {recipe.names()[entry.model]: cut(entry.parameters) for entry in recipe.entries()}
+    shared = {} if plan.route is None else {"shared": recipe.shared}
+    if plan.route is not None and plan.method.learned.learner != "task_router":  # that one sees no expert
+        shared["route"] = asdict(plan.route)
     return {
-        **({"route": asdict(plan.route), "shared": recipe.shared} if plan.route is not None else {}),
-        "parameters": cut(recipe.parameters), "transforms": recipe.transforms,
+        **shared, "parameters": cut(recipe.parameters), "transforms": recipe.transforms,
         "models": {name: given for name, given in sorted(per_model.items()) if given},
     }  # fmt: skip
 
