@@ -100,7 +100,7 @@ class Worker:
         for piece in fused.block.grid:
             packed = np.zeros((len(densities), -(-piece.numel // 8)), dtype=np.uint8)
             self._fill(fused, piece)
-            scratch = self._buffer("scratch", J.prune_bytes(width, piece.numel))
+            scratch = self._buffer("scratch", J.prune_bytes(width, piece.numel, len(densities)))
             self._job[J.SCRATCH], self._job[J.WIDTH] = scratch.ctypes.data, width
             self._job[J.DOUBLES] = chances.ctypes.data
             for k, (side, density) in enumerate(zip(self._sides(fused), densities, strict=True)):
