@@ -17,13 +17,23 @@ from plait.methods.stream import Piece
 class Worker:
     """Buffers of one thread. Nothing here may be used by two threads at once."""
 
-    def __init__(self, loops: Loops, spare: int = 1 << 25) -> None:
+    def __init__(self, loops: Loops, spare: int = 1 << 25, held: int = 0) -> None:
         self.loops = loops
         self.spare = spare
         """Bytes that a search in one tensor may keep beside the buffers of a piece."""
+        self.held = held
+        """Bytes of a tensor's inputs that may be kept for its next reading."""
         self._buffers: dict[str, np.ndarray] = {}
+        self._block: Any = None
+        self._places: dict[tuple[str, Piece], int] = {}
+        self._taken = 0
         self._job = np.zeros(0, dtype=np.int64)
         self._numbers = np.zeros(0, dtype=np.float32)
+
+    def hold(self, block: Any) -> None:
+        """Keep what is read of a block from now on, as far as there is room: it will be read again."""
+        if self._block is not block:
+            self._block, self._places, self._taken = block, {}, 0
 
     def merge(self, fused: Fused, piece: Piece) -> memoryview:
         """The bytes of a piece of the output; valid until the next call."""
@@ -84,31 +94,46 @@ class Worker:
 
     def norms(self, fused: Fused, what: int) -> list[float]:
         """Per expert Σ |v| or Σ v² over the tensor, in the order of `plait.methods.sums`."""
-        totals = [0.0] * len(fused.block.tasks)
-        doubles = np.zeros(len(totals), dtype=np.float64)
+        self.hold(fused.block)
+        totals = np.zeros(len(fused.block.tasks))
         for piece in fused.block.grid:
             self._fill(fused, piece)
-            self._job[J.VOTES], self._job[J.DOUBLES] = what, doubles.ctypes.data
-            self._call(self.loops.norms, fused, piece)
-            totals = [total + part for total, part in zip(totals, doubles.tolist(), strict=True)]
-        return totals
+            totals += self._norms(fused, piece, what)
+        return totals.tolist()
 
-    def prune(self, fused: Fused, width: int, densities: Sequence[float], epsilons: Sequence[float]) -> list[Any]:
-        """Per piece [K, bytes]: the packed masks of DELLA; `width`: entries of a row."""
+    def _norms(self, fused: Fused, piece: Piece, what: int) -> np.ndarray:
+        """The same of the piece that the job is filled with."""
+        sums = np.zeros(len(fused.block.tasks))
+        self._job[J.VOTES], self._job[J.DOUBLES] = what, sums.ctypes.data
+        self._call(self.loops.norms, fused, piece)
+        return sums
+
+    def prune(
+        self, fused: Fused, width: int, densities: Sequence[float], epsilons: Sequence[float]
+    ) -> tuple[list[Any], list[tuple[float, float]]]:
+        """Per piece [K, bytes]: the packed masks of DELLA; `width`: entries of a row. Per expert Σ |v| before and after.
+
+        The sums are those of `norms`, of what is in memory already.
+        """
+        self.hold(fused.block)
         chances = np.array([*(d - e for d, e in zip(densities, epsilons, strict=True)), *epsilons], dtype=np.float64)
-        masks = []
+        masks, sums = [], np.zeros((2, len(densities)))
         for piece in fused.block.grid:
             packed = np.zeros((len(densities), -(-piece.numel // 8)), dtype=np.uint8)
             self._fill(fused, piece)
-            scratch = self._buffer("scratch", J.prune_bytes(width, piece.numel, len(densities)))
-            self._job[J.SCRATCH], self._job[J.WIDTH] = scratch.ctypes.data, width
-            self._job[J.DOUBLES] = chances.ctypes.data
+            scratch = self._buffer("rows", J.prune_bytes(width, piece.numel, len(densities))).ctypes.data
+            chunks, self._job[J.SCRATCH] = int(self._job[J.SCRATCH]), scratch
+            self._job[J.WIDTH], self._job[J.DOUBLES] = width, chances.ctypes.data
             for k, (side, density) in enumerate(zip(self._sides(fused), densities, strict=True)):
                 side[J.BITS] = packed[k].ctypes.data if density < 1 else 0
                 self._key(fused, side, k)
             self._call(self.loops.prune, fused, piece)
             masks.append(packed)
-        return masks
+            self._job[J.SCRATCH] = chunks
+            sums[0] += self._norms(fused, piece, J.ABSOLUTE)
+            self._job[J.SPARSIFY] = J.MASKED
+            sums[1] += self._norms(fused, piece, J.ABSOLUTE)
+        return masks, list(zip(*sums.tolist(), strict=True))
 
     def _call(self, entry: Any, fused: Fused, piece: Piece) -> None:
         if entry(self._job.ctypes.data, self._numbers.ctypes.data):
@@ -132,10 +157,19 @@ class Worker:
         count = len(fused.block.tasks)
         return self._job[J.HEAD : J.HEAD + J.SIDE * count].reshape(count, J.SIDE)
 
-    def _read(self, name: str, stored: Stored, piece: Piece) -> int:
-        """Address of a buffer with the stored bytes of a piece."""
-        buffer = self._buffer(name, stored.width * piece.numel)
+    def _read(self, name: str, stored: Stored, piece: Piece, block: Any) -> int:
+        """Address of the stored bytes of a piece: where they are held, or in a buffer that the next piece takes."""
+        size, place = stored.width * piece.numel, None
+        if block is self._block:
+            place = self._places.get((name, piece))
+            if place is not None:
+                return place
+            if self._taken + size <= self.held:
+                place, self._taken = self._taken, self._taken + (size + 63) // 64 * 64
+        buffer = self._buffer(name, size) if place is None else self._buffer("held", self.held)[place : place + size]
         stored.read(piece.start, buffer.data)
+        if place is not None:
+            self._places[name, piece] = buffer.ctypes.data
         return buffer.ctypes.data
 
     def _fill(self, fused: Fused, piece: Piece) -> None:
@@ -149,7 +183,7 @@ class Worker:
         job[:] = 0
         job[J.ENTRIES], job[J.EXPERTS], job[J.SOURCE], job[J.POSITION] = piece.numel, count, fused.source, piece.start
         if raw.base is not None and (fused.source == J.DELTAS or fused.on_base):
-            job[J.BASE_CODE], job[J.BASE_ADDRESS] = raw.base.code, self._read("base", raw.base, piece)
+            job[J.BASE_CODE], job[J.BASE_ADDRESS] = raw.base.code, self._read("base", raw.base, piece, fused.block)
         job[J.SCRATCH] = self._buffer("scratch", J.scratch_bytes(count)).ctypes.data
         job[J.SPARSIFY], job[J.COMBINE] = fused.sparsify, fused.combine or J.SUM
         job[J.DIVIDE], job[J.RESCALE], job[J.VOTES] = fused.divide, bool(fused.factors), fused.votes
@@ -164,7 +198,7 @@ class Worker:
             numbers[2 * count : 3 * count] = fused.factors
         numbers[3 * count :] = (fused.divisor, 1.0 if fused.scale is None else fused.scale, 1e-6, fused.mu)
         for k, (side, model) in enumerate(zip(self._sides(fused), raw.models, strict=True)):
-            side[J.CODE], side[J.ADDRESS] = model.code, self._read(f"expert {k}", model, piece)
+            side[J.CODE], side[J.ADDRESS] = model.code, self._read(f"expert {k}", model, piece, fused.block)
             side[J.EQUAL] = side[J.EQUAL_TOP] = -1
             side[J.HIGH] = J.TOP
             if fused.sparsify == J.DROP:
