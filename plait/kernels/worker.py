@@ -111,9 +111,9 @@ class Worker:
     def prune(
         self, fused: Fused, width: int, densities: Sequence[float], epsilons: Sequence[float]
     ) -> tuple[list[Any], list[tuple[float, float]]]:
-        """Per piece [K, bytes]: the packed masks of DELLA; `width`: entries of a row. Per expert Σ |v| before and after.
+        """DELLA's packed masks, [K, bytes] per piece, and per expert Σ |v| before and after; `width`: entries of a row.
 
-        The sums are those of `norms`, of what is in memory already.
+        The sums are those of `norms`.
         """
         self.hold(fused.block)
         chances = np.array([*(d - e for d, e in zip(densities, epsilons, strict=True)), *epsilons], dtype=np.float64)
