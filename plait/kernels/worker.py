@@ -45,12 +45,13 @@ class Worker:
         self._call(self.loops.merge, fused, piece)
         return out.data
 
-    def magnitudes(self, fused: Fused, piece: Piece) -> np.ndarray:
-        """[rows, n] bits of the magnitudes (of the variances, for `spread`), as integers; valid until the next call."""
-        out = self._buffer("sizes", 4 * fused.rows * piece.numel).view(np.uint32)
-        self._fill(fused, piece)
+    def magnitudes(self, fused: Fused, runs: Sequence[Piece]) -> np.ndarray:
+        """[rows, n] bits of the magnitudes (of the variances, for `spread`) of some runs; valid until the next call."""
+        whole = Piece(0, 0, sum(run.numel for run in runs))
+        out = self._buffer("sizes", 4 * fused.rows * whole.numel).view(np.uint32)
+        self._fill(fused, whole, runs)
         self._job[J.OUT_ADDRESS] = out.ctypes.data
-        self._call(self.loops.magnitudes, fused, piece)
+        self._call(self.loops.magnitudes, fused, *runs)
         return out.reshape(fused.rows, -1)
 
     def tally(
@@ -135,10 +136,10 @@ class Worker:
             sums[1] += self._norms(fused, piece, J.ABSOLUTE)
         return masks, list(zip(*sums.tolist(), strict=True))
 
-    def _call(self, entry: Any, fused: Fused, piece: Piece) -> None:
+    def _call(self, entry: Any, fused: Fused, *pieces: Piece) -> None:
         if entry(self._job.ctypes.data, self._numbers.ctypes.data):
             for read in (*fused.block.read_models, fused.block.read_base):
-                if read is not None:
+                for piece in pieces if read is not None else ():
                     read(piece)  # the slow way, which says what is wrong, and where
             raise CheckpointError(f"'{fused.block.name}': holds a number that is not finite; get the checkpoint again")
 
@@ -172,10 +173,22 @@ class Worker:
             self._places[name, piece] = buffer.ctypes.data
         return buffer.ctypes.data
 
-    def _fill(self, fused: Fused, piece: Piece) -> None:
-        """Read the inputs of a piece and say everything about it in the job."""
+    def _read_runs(self, name: str, stored: Stored, runs: Sequence[Piece]) -> int:
+        """Address of the stored bytes of some runs, side by side."""
+        buffer, at = self._buffer(name, stored.width * sum(run.numel for run in runs)), 0
+        for run in runs:
+            stored.read(run.start, buffer.data[at : at + stored.width * run.numel])
+            at += stored.width * run.numel
+        return buffer.ctypes.data
+
+    def _fill(self, fused: Fused, piece: Piece, runs: Sequence[Piece] = ()) -> None:
+        """Read the inputs of a piece, or of runs that are taken for one, and say everything about it in the job."""
         raw, count = fused.block.raw, len(fused.block.tasks)
         assert raw is not None
+
+        def read(name: str, stored: Stored) -> int:
+            return self._read_runs(name, stored, runs) if runs else self._read(name, stored, piece, fused.block)
+
         if len(self._job) != J.HEAD + J.SIDE * count:
             self._job = np.zeros(J.HEAD + J.SIDE * count, dtype=np.int64)
             self._numbers = np.zeros(3 * count + 4, dtype=np.float32)
@@ -183,7 +196,7 @@ class Worker:
         job[:] = 0
         job[J.ENTRIES], job[J.EXPERTS], job[J.SOURCE], job[J.POSITION] = piece.numel, count, fused.source, piece.start
         if raw.base is not None and (fused.source == J.DELTAS or fused.on_base):
-            job[J.BASE_CODE], job[J.BASE_ADDRESS] = raw.base.code, self._read("base", raw.base, piece, fused.block)
+            job[J.BASE_CODE], job[J.BASE_ADDRESS] = raw.base.code, read("base", raw.base)
         job[J.SCRATCH] = self._buffer("scratch", J.scratch_bytes(count)).ctypes.data
         job[J.SPARSIFY], job[J.COMBINE] = fused.sparsify, fused.combine or J.SUM
         job[J.DIVIDE], job[J.RESCALE], job[J.VOTES] = fused.divide, bool(fused.factors), fused.votes
@@ -198,7 +211,7 @@ class Worker:
             numbers[2 * count : 3 * count] = fused.factors
         numbers[3 * count :] = (fused.divisor, 1.0 if fused.scale is None else fused.scale, 1e-6, fused.mu)
         for k, (side, model) in enumerate(zip(self._sides(fused), raw.models, strict=True)):
-            side[J.CODE], side[J.ADDRESS] = model.code, self._read(f"expert {k}", model, piece, fused.block)
+            side[J.CODE], side[J.ADDRESS] = model.code, read(f"expert {k}", model)
             side[J.EQUAL] = side[J.EQUAL_TOP] = -1
             side[J.HIGH] = J.TOP
             if fused.sparsify == J.DROP:
