@@ -35,6 +35,7 @@ class Tally:
 
     above: int
     zeros: int
+    """Counted of variances alone."""
     bounds: tuple[int, int]
     inside: np.ndarray
     """Bits, in the order of positions; empty where the bounds are one. Good until the worker's next tally."""

@@ -62,7 +62,7 @@ class Worker:
         rooms: Sequence[np.ndarray],
         found: list[int],
     ) -> list[tuple[int, int]]:
-        """How many magnitudes of each row lie above the upper bound, and how many are zero.
+        """How many magnitudes of each row lie above the upper bound, and for variances how many are zero.
 
         Those between the bounds go to the row's room, after the `found` that are there; `found` is brought up to date,
         and is larger than the room where they did not fit.
@@ -139,8 +139,9 @@ class Worker:
     def _call(self, entry: Any, fused: Fused, *pieces: Piece) -> None:
         if entry(self._job.ctypes.data, self._numbers.ctypes.data):
             for read in (*fused.block.read_models, fused.block.read_base):
-                for piece in pieces if read is not None else ():
-                    read(piece)  # the slow way, which says what is wrong, and where
+                if read is not None:
+                    for piece in pieces:
+                        read(piece)  # the slow way, which says what is wrong, and where
             raise CheckpointError(f"'{fused.block.name}': holds a number that is not finite; get the checkpoint again")
 
     def _buffer(self, name: str, size: int) -> np.ndarray:
