@@ -33,9 +33,6 @@ from plait.writer import FolderWriter
 
 R = TypeVar("R")
 
-_HELD = 1 << 26
-"""Bytes of its tensor's inputs that a thread keeps for their next reading, at most."""
-
 
 class Progress(Protocol):
     """Is told what has been done; may show it."""
@@ -117,8 +114,7 @@ class Engine:
         if len(whole) < len(models) or (base is None and tensor.base is not None):
             return None
         if not hasattr(self._own, "worker"):
-            quarter = self.memory // (4 * self.threads)
-            self._own.worker = Worker(self._loops, min(1 << 25, quarter), min(_HELD, quarter))
+            self._own.worker = Worker(self._loops, min(1 << 25, self.memory // (4 * self.threads)))
         return Raw(self._own.worker, whole, base, CODES[tensor.dtype])
 
     def each(self, tensors: list[TensorPlan], job: Callable[[TensorPlan], R]) -> list[R]:

@@ -75,8 +75,6 @@ def _cuts(
 ) -> list[Any] | None:  # fmt: skip
     """A cut for every row. `guesses`: about how many are wanted; `wanted`: exactly, of (row, what was found)."""
     numel, rows = fused.block.grid.numel, fused.rows
-    assert fused.block.raw is not None
-    fused.block.raw.worker.hold(fused.block)
     for sure in _TRIES:
         bounds = [
             (TOP, TOP) if not 0 < count < numel  # nothing to look for

@@ -17,23 +17,13 @@ from plait.methods.stream import Piece
 class Worker:
     """Buffers of one thread. Nothing here may be used by two threads at once."""
 
-    def __init__(self, loops: Loops, spare: int = 1 << 25, held: int = 0) -> None:
+    def __init__(self, loops: Loops, spare: int = 1 << 25) -> None:
         self.loops = loops
         self.spare = spare
         """Bytes that a search in one tensor may keep beside the buffers of a piece."""
-        self.held = held
-        """Bytes of a tensor's inputs that may be kept for its next reading."""
         self._buffers: dict[str, np.ndarray] = {}
-        self._block: Any = None
-        self._places: dict[tuple[str, Piece], int] = {}
-        self._taken = 0
         self._job = np.zeros(0, dtype=np.int64)
         self._numbers = np.zeros(0, dtype=np.float32)
-
-    def hold(self, block: Any) -> None:
-        """Keep what is read of a block from now on, as far as there is room: it will be read again."""
-        if self._block is not block:
-            self._block, self._places, self._taken = block, {}, 0
 
     def merge(self, fused: Fused, piece: Piece) -> memoryview:
         """The bytes of a piece of the output; valid until the next call."""
@@ -95,7 +85,6 @@ class Worker:
 
     def norms(self, fused: Fused, what: int) -> list[float]:
         """Per expert Σ |v| or Σ v² over the tensor, in the order of `plait.methods.sums`."""
-        self.hold(fused.block)
         totals = np.zeros(len(fused.block.tasks))
         for piece in fused.block.grid:
             self._fill(fused, piece)
@@ -116,7 +105,6 @@ class Worker:
 
         The sums are those of `norms`.
         """
-        self.hold(fused.block)
         chances = np.array([*(d - e for d, e in zip(densities, epsilons, strict=True)), *epsilons], dtype=np.float64)
         masks, sums = [], np.zeros((2, len(densities)))
         for piece in fused.block.grid:
@@ -159,23 +147,8 @@ class Worker:
         count = len(fused.block.tasks)
         return self._job[J.HEAD : J.HEAD + J.SIDE * count].reshape(count, J.SIDE)
 
-    def _read(self, name: str, stored: Stored, piece: Piece, block: Any) -> int:
-        """Address of the stored bytes of a piece: where they are held, or in a buffer that the next piece takes."""
-        size, place = stored.width * piece.numel, None
-        if block is self._block:
-            place = self._places.get((name, piece))
-            if place is not None:
-                return place
-            if self._taken + size <= self.held:
-                place, self._taken = self._taken, self._taken + (size + 63) // 64 * 64
-        buffer = self._buffer(name, size) if place is None else self._buffer("held", self.held)[place : place + size]
-        stored.read(piece.start, buffer.data)
-        if place is not None:
-            self._places[name, piece] = buffer.ctypes.data
-        return buffer.ctypes.data
-
-    def _read_runs(self, name: str, stored: Stored, runs: Sequence[Piece]) -> int:
-        """Address of the stored bytes of some runs, side by side."""
+    def _read(self, name: str, stored: Stored, runs: Sequence[Piece]) -> int:
+        """Address of a buffer with the stored bytes of some runs, side by side."""
         buffer, at = self._buffer(name, stored.width * sum(run.numel for run in runs)), 0
         for run in runs:
             stored.read(run.start, buffer.data[at : at + stored.width * run.numel])
@@ -186,10 +159,7 @@ class Worker:
         """Read the inputs of a piece, or of runs that are taken for one, and say everything about it in the job."""
         raw, count = fused.block.raw, len(fused.block.tasks)
         assert raw is not None
-
-        def read(name: str, stored: Stored) -> int:
-            return self._read_runs(name, stored, runs) if runs else self._read(name, stored, piece, fused.block)
-
+        runs = runs or [piece]
         if len(self._job) != J.HEAD + J.SIDE * count:
             self._job = np.zeros(J.HEAD + J.SIDE * count, dtype=np.int64)
             self._numbers = np.zeros(3 * count + 4, dtype=np.float32)
@@ -197,7 +167,7 @@ class Worker:
         job[:] = 0
         job[J.ENTRIES], job[J.EXPERTS], job[J.SOURCE], job[J.POSITION] = piece.numel, count, fused.source, piece.start
         if raw.base is not None and (fused.source == J.DELTAS or fused.on_base):
-            job[J.BASE_CODE], job[J.BASE_ADDRESS] = raw.base.code, read("base", raw.base)
+            job[J.BASE_CODE], job[J.BASE_ADDRESS] = raw.base.code, self._read("base", raw.base, runs)
         job[J.SCRATCH] = self._buffer("scratch", J.scratch_bytes(count)).ctypes.data
         job[J.SPARSIFY], job[J.COMBINE] = fused.sparsify, fused.combine or J.SUM
         job[J.DIVIDE], job[J.RESCALE], job[J.VOTES] = fused.divide, bool(fused.factors), fused.votes
@@ -212,7 +182,7 @@ class Worker:
             numbers[2 * count : 3 * count] = fused.factors
         numbers[3 * count :] = (fused.divisor, 1.0 if fused.scale is None else fused.scale, 1e-6, fused.mu)
         for k, (side, model) in enumerate(zip(self._sides(fused), raw.models, strict=True)):
-            side[J.CODE], side[J.ADDRESS] = model.code, read(f"expert {k}", model)
+            side[J.CODE], side[J.ADDRESS] = model.code, self._read(f"expert {k}", model, runs)
             side[J.EQUAL] = side[J.EQUAL_TOP] = -1
             side[J.HIGH] = J.TOP
             if fused.sparsify == J.DROP:
