@@ -121,7 +121,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge: as a recipe file says, or with --method, --base and --expert. Interrupted merges go on where they were."""
-    from plait import progress, run, show
+    from plait import progress, run, show_merge
     from plait.engine import keep_freed_memory
 
     keep_freed_memory()
@@ -131,7 +131,7 @@ def merge(
             recipe, out, memory=memory, threads=threads, device=device, shard_size=shard_size, overwrite=overwrite,
             state=state, engine=engine, address=address, allow_nonfinite=allow_nonfinite, progress=shown,
         )  # fmt: skip
-    show.emit(show.merged_data(merged), as_json, lambda: show.merged_text(merged))
+    show_merge.emit(show_merge.merged_data(merged), as_json, lambda: show_merge.merged_text(merged))
 
 
 @app.command()

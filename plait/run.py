@@ -204,12 +204,13 @@ def _run_static(
         told = explain(surveyed) if explain is not None and surveyed is not None else {}
         engine.merge(plan.method, todo, plan.recipe.seed, surveyed, writer, learned)
         passed = nonfinite_counts(plan, engine)
+        inputs = inputs_of(plan)  # while the last hashes are made
         hashes = writer.hashes()
         if len(shards) > 1:
             writer.add_file("model.safetensors.index.json", index_of(shards, plan.bytes_out))
         for name, content in {**head_files(plan, learned, engine.allow_nonfinite), **side_files(plan)}.items():
             writer.add_file(name, content)
-        record = provenance(plan, hashes, learned, told)
+        record = provenance(plan, inputs, hashes, learned, told)
         _finish(plan, writer, learned, {**record, **({"nonfinite": passed} if passed else {})})
     notes = (*plan.notes, *told.get("notes", ()), *sentences(passed), *_left(writer))
     return Merged(out, plan, hashes, resumed, notes)
@@ -243,7 +244,7 @@ def _run_routed(plan: Plan, out: Path, engine: Engine, learned: State | None, ov
         files["config.json"] = dumped(build.layout.config(json.loads(files["config.json"])))
         for name, content in files.items():
             writer.add_file(name, content)
-        _finish(plan, writer, learned, provenance(plan, hashes, learned))
+        _finish(plan, writer, learned, provenance(plan, inputs_of(plan), hashes, learned))
     return Merged(out, plan, hashes, resumed, (*plan.notes, *_left(writer)))
 
 
@@ -332,8 +333,20 @@ def refuse_impossible(plan: Plan, out: Path, memory: int) -> None:
         )
 
 
+def inputs_of(plan: Plan) -> dict[str, Any]:
+    """What went in: of every model the hashes of its headers, and of samples of its data."""
+    return {
+        model.label: {"fingerprint": model.source.fingerprint(), "headers": model.source.header_hashes()}
+        for model in plan.opened()
+    }
+
+
 def provenance(
-    plan: Plan, hashes: Mapping[str, str], learned: State | None = None, told: Mapping[str, Any] | None = None
+    plan: Plan,
+    inputs: Mapping[str, Any],
+    hashes: Mapping[str, str],
+    learned: State | None = None,
+    told: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """plait.json: what was asked, what went in, what came out. The same for the same recipe and inputs, always."""
     return {
@@ -345,10 +358,7 @@ def provenance(
         "paper": plan.method.paper,
         "recipe": plan.recipe.canonical(),
         "seed": plan.recipe.seed,
-        "inputs": {
-            model.label: {"fingerprint": model.source.fingerprint(), "headers": model.source.header_hashes()}
-            for model in plan.opened()
-        },
+        "inputs": inputs,
         "outputs": dict(hashes),
         **({"learned": _learned(learned)} if learned is not None else {}),
         **({"survey": told} if told else {}),

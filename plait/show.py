@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,10 +14,8 @@ from rich.table import Table
 
 from plait.methods.contract import MergeMethod, Parameter
 from plait.plan import Plan
+from plait.show_merge import emit as emit
 from plait.units import show_bytes, show_seconds
-
-if TYPE_CHECKING:
-    from plait.run import Merged
 
 _INTERPRETER_BYTES = 180 * 10**6
 """Anonymous memory of Python with torch loaded, measured (docs/LOG.md)."""
@@ -35,14 +32,6 @@ class Budget:
 
     memory: int
     threads: int
-
-
-def emit(data: Any, as_json: bool, text: Callable[[], None]) -> None:
-    """JSON on standard output, or the text."""
-    if as_json:
-        print(json.dumps(data, indent=2, ensure_ascii=False))
-    else:
-        text()
 
 
 def console() -> Console:
@@ -146,34 +135,6 @@ def plan_text(plan: Plan, budget: Budget, *, every: bool) -> None:
         f"{budget.threads} thread(s) with a warm cache{_cold(plan)}"
     )
     _notes(plan.notes, out)
-
-
-def merged_data(merged: Merged) -> dict[str, Any]:
-    """What a merge has made."""
-    return {
-        "path": str(merged.path),
-        "sha256": dict(merged.hashes),
-        "merged": len(merged.plan.merged),
-        "copied": len(merged.plan.tensors) - len(merged.plan.merged),
-        "per_task": sorted(merged.plan.heads),
-        "resumed_tensors": merged.resumed,
-        "notes": list(merged.notes),
-    }
-
-
-def merged_text(merged: Merged) -> None:
-    """A few lines."""
-    out = console()
-    plan = merged.plan
-    resumed = f" ({merged.resumed} of them by the interrupted run)" if merged.resumed else ""
-    size = sum((merged.path / name).stat().st_size for name in merged.hashes)
-    out.print(
-        f"[bold]{escape(str(merged.path))}[/]: {len(plan.tensors)} tensors{resumed}, {show_bytes(size)}, "
-        f"from {len(plan.models)} models by {plan.method.name}"
-    )
-    if plan.heads:
-        out.print(f"heads kept per task: {', '.join(sorted(plan.heads))} (in {merged.path}/heads)", markup=False)
-    _notes(list(merged.notes), out)
 
 
 def methods_data(methods: Mapping[str, MergeMethod]) -> list[dict[str, Any]]:

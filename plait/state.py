@@ -21,7 +21,6 @@ from plait.methods.granules import granule_of
 from plait.methods.stream import Stream
 from plait.sources.files import read_object
 from plait.sources.safetensors import SafetensorsSource
-from plait.statefacts import check_facts
 from plait.writer import small_file
 
 SCHEMA = "plait.state/1"
@@ -150,6 +149,8 @@ def load_state(folder: str | os.PathLike[str]) -> State:
         raise CheckpointError(f"{path}: has no {FACTS} that can be read; it is not a state ({error})") from None
     if facts.get("schema") != SCHEMA:
         raise CheckpointError(f"{path}/{FACTS}: is not of the schema {SCHEMA}; fit again with this version of Plait")
+    from plait.statefacts import check_facts  # its schema takes time to make, and most merges have no state
+
     check_facts(facts, path / FACTS)
     return State(path, facts)
 

@@ -52,6 +52,8 @@ class Fused:
     masks: Sequence[Any] = ()
     """MASKED: per piece [K, bytes] of packed bits; rows of experts that are kept whole are not looked at."""
     masked: Sequence[bool] = ()
+    sums: Sequence[tuple[float, float]] = ()
+    """MASKED: per expert Σ |v| over the tensor before and after."""
     mu: float = 0.0
     votes: int = 0
     factors: Sequence[float] = ()

@@ -50,11 +50,12 @@ PICK_BYTES = 8 * 1024
 """Memory that `pick` counts in."""
 
 
-def bins_of(width: int) -> int:
-    """Into how many ranges a row's magnitudes are sorted before those that need it are ranked exactly."""
-    return max(64, min(4096, width // 2))
+BINS = 4096
+"""Into how many ranges a row's magnitudes are sorted at most."""
+EXACTLY = 96
+"""Entries whose rank is counted, each over the whole row; were there more, sorting the row is quicker."""
 
 
-def prune_bytes(width: int, entries: int) -> int:
-    """Memory that `prune` works in: two rows, draws, bins and their chances, and a byte an entry."""
-    return 16 * width + 20 * bins_of(width) + entries + 192
+def prune_bytes(width: int, entries: int, experts: int) -> int:
+    """Memory that `prune` works in: two rows, draws and places, a table of chances and a byte an entry per expert."""
+    return (24 + 4 * experts) * width + experts * (entries + 16) + 20 * BINS + 256

@@ -21,7 +21,7 @@ from plait.methods.stream import Piece
 SMALL = 1 << 16
 """Entries up to which everything is kept between the bounds."""
 _SPAN = 4096
-_SAMPLE = 24
+_SAMPLE = 16
 """Runs of _SPAN entries that are looked at beforehand."""
 _BINS = 1 << 20
 """Different magnitudes that are counted one by one; more are sorted."""
@@ -35,6 +35,7 @@ class Tally:
 
     above: int
     zeros: int
+    """Counted of variances alone."""
     bounds: tuple[int, int]
     inside: np.ndarray
     """Bits, in the order of positions; empty where the bounds are one. Good until the worker's next tally."""
@@ -97,12 +98,12 @@ def _room(fused: Fused, everything: bool, sure: float) -> int:
 
 
 def sample(fused: Fused, spans: int) -> np.ndarray:
-    """[rows, n] bits of magnitudes of evenly spaced runs of the tensor."""
+    """[rows, n] bits of magnitudes of evenly spaced runs of the tensor; valid until the next sample."""
     assert fused.block.raw is not None
     worker, numel = fused.block.raw.worker, fused.block.grid.numel
     width = min(_SPAN, numel)
     starts = [i * (numel - width) // max(spans - 1, 1) for i in range(spans)]
-    return np.concatenate([worker.magnitudes(fused, Piece(0, start, start + width)).copy() for start in starts], axis=1)
+    return worker.magnitudes(fused, [Piece(0, start, start + width) for start in starts])
 
 
 def between(row: np.ndarray, share: float, sure: float) -> tuple[int, int]:
@@ -217,7 +218,7 @@ def sample_of(block: Any, rate: int) -> Sample | None:
         return None
     if not numel:
         return Sample(np.empty((len(block.tasks), 0), dtype=np.uint32), 0.0)
-    sizes = sample(fused, max(1, round(numel / rate / _SPAN)))
+    sizes = sample(fused, max(1, round(numel / rate / _SPAN))).copy()
     return Sample(sizes, numel / sizes.shape[1])
 
 

@@ -8,10 +8,10 @@ Every operation is the float32 operation of the torch path, in its order, so tha
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import carray, njit, types
 
 from plait.kernels import job as J
-from plait.kernels.memory import _MAGNITUDE, _f32, _load, _u8, _u32, _uniform, _widen
+from plait.kernels.memory import _MAGNITUDE, _f32, _load, _pointer, _u8, _u32, _uniform, _widen
 
 
 @njit(error_model="numpy")
@@ -48,11 +48,16 @@ def _drop(chunk, m, draws, density, divide):
 
 
 @njit(error_model="numpy")
-def _mask(chunk, m, address, start):
-    """Multiply by packed bits, lowest bit first."""
-    values, packed = _f32(chunk, m), _u8(address + start // 8, (m + 7) // 8)
+def _mask(chunk, m, address, start, spare):
+    """Multiply by packed bits, lowest bit first, which become bytes at `spare`: eight at once in a 64-bit word."""
+    count = (m + 7) // 8
+    packed, words = _u8(address + start // 8, count), carray(_pointer(spare, types.uint64), (count,))
+    for word in range(count):
+        each = np.uint64(packed[word]) * np.uint64(0x0101010101010101) & np.uint64(0x8040201008040201)
+        words[word] = (each + np.uint64(0x7F7F7F7F7F7F7F7F)) >> np.uint64(7) & np.uint64(0x0101010101010101)
+    values, stays = _f32(chunk, m), _u8(spare, m)
     for i in range(m):
-        values[i] = values[i] * np.float32((packed[i >> 3] >> np.uint8(i & 7)) & np.uint8(1))
+        values[i] = values[i] * np.float32(stays[i])
 
 
 @njit(error_model="numpy")
@@ -189,7 +194,7 @@ def _sparsify(job, numbers, start, m, count, chunks, spare):
                 )  # fmt: skip
                 _drop(chunk, m, spare, numbers[count + k], job[J.DIVIDE] != 0)
             elif kind == J.MASKED and job[side + J.BITS] != 0:
-                _mask(chunk, m, job[side + J.BITS], start)
+                _mask(chunk, m, job[side + J.BITS], start, spare)
             if job[J.RESCALE] != 0:
                 _scale(chunk, m, numbers[2 * count + k])
 

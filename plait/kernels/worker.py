@@ -35,12 +35,13 @@ class Worker:
         self._call(self.loops.merge, fused, piece)
         return out.data
 
-    def magnitudes(self, fused: Fused, piece: Piece) -> np.ndarray:
-        """[rows, n] bits of the magnitudes (of the variances, for `spread`), as integers; valid until the next call."""
-        out = self._buffer("sizes", 4 * fused.rows * piece.numel).view(np.uint32)
-        self._fill(fused, piece)
+    def magnitudes(self, fused: Fused, runs: Sequence[Piece]) -> np.ndarray:
+        """[rows, n] bits of the magnitudes (of the variances, for `spread`) of some runs; valid until the next call."""
+        whole = Piece(0, 0, sum(run.numel for run in runs))
+        out = self._buffer("sizes", 4 * fused.rows * whole.numel).view(np.uint32)
+        self._fill(fused, whole, runs)
         self._job[J.OUT_ADDRESS] = out.ctypes.data
-        self._call(self.loops.magnitudes, fused, piece)
+        self._call(self.loops.magnitudes, fused, *runs)
         return out.reshape(fused.rows, -1)
 
     def tally(
@@ -51,7 +52,7 @@ class Worker:
         rooms: Sequence[np.ndarray],
         found: list[int],
     ) -> list[tuple[int, int]]:
-        """How many magnitudes of each row lie above the upper bound, and how many are zero.
+        """How many magnitudes of each row lie above the upper bound, and for variances how many are zero.
 
         Those between the bounds go to the row's room, after the `found` that are there; `found` is brought up to date,
         and is larger than the room where they did not fit.
@@ -84,37 +85,51 @@ class Worker:
 
     def norms(self, fused: Fused, what: int) -> list[float]:
         """Per expert Σ |v| or Σ v² over the tensor, in the order of `plait.methods.sums`."""
-        totals = [0.0] * len(fused.block.tasks)
-        doubles = np.zeros(len(totals), dtype=np.float64)
+        totals = np.zeros(len(fused.block.tasks))
         for piece in fused.block.grid:
             self._fill(fused, piece)
-            self._job[J.VOTES], self._job[J.DOUBLES] = what, doubles.ctypes.data
-            self._call(self.loops.norms, fused, piece)
-            totals = [total + part for total, part in zip(totals, doubles.tolist(), strict=True)]
-        return totals
+            totals += self._norms(fused, piece, what)
+        return totals.tolist()
 
-    def prune(self, fused: Fused, width: int, densities: Sequence[float], epsilons: Sequence[float]) -> list[Any]:
-        """Per piece [K, bytes]: the packed masks of DELLA; `width`: entries of a row."""
+    def _norms(self, fused: Fused, piece: Piece, what: int) -> np.ndarray:
+        """The same of the piece that the job is filled with."""
+        sums = np.zeros(len(fused.block.tasks))
+        self._job[J.VOTES], self._job[J.DOUBLES] = what, sums.ctypes.data
+        self._call(self.loops.norms, fused, piece)
+        return sums
+
+    def prune(
+        self, fused: Fused, width: int, densities: Sequence[float], epsilons: Sequence[float]
+    ) -> tuple[list[Any], list[tuple[float, float]]]:
+        """DELLA's packed masks, [K, bytes] per piece, and per expert Σ |v| before and after; `width`: entries of a row.
+
+        The sums are those of `norms`.
+        """
         chances = np.array([*(d - e for d, e in zip(densities, epsilons, strict=True)), *epsilons], dtype=np.float64)
-        masks = []
+        masks, sums = [], np.zeros((2, len(densities)))
         for piece in fused.block.grid:
             packed = np.zeros((len(densities), -(-piece.numel // 8)), dtype=np.uint8)
             self._fill(fused, piece)
-            scratch = self._buffer("scratch", J.prune_bytes(width, piece.numel))
-            self._job[J.SCRATCH], self._job[J.WIDTH] = scratch.ctypes.data, width
-            self._job[J.DOUBLES] = chances.ctypes.data
+            scratch = self._buffer("rows", J.prune_bytes(width, piece.numel, len(densities))).ctypes.data
+            chunks, self._job[J.SCRATCH] = int(self._job[J.SCRATCH]), scratch
+            self._job[J.WIDTH], self._job[J.DOUBLES] = width, chances.ctypes.data
             for k, (side, density) in enumerate(zip(self._sides(fused), densities, strict=True)):
                 side[J.BITS] = packed[k].ctypes.data if density < 1 else 0
                 self._key(fused, side, k)
             self._call(self.loops.prune, fused, piece)
             masks.append(packed)
-        return masks
+            self._job[J.SCRATCH] = chunks
+            sums[0] += self._norms(fused, piece, J.ABSOLUTE)
+            self._job[J.SPARSIFY] = J.MASKED
+            sums[1] += self._norms(fused, piece, J.ABSOLUTE)
+        return masks, list(zip(*sums.tolist(), strict=True))
 
-    def _call(self, entry: Any, fused: Fused, piece: Piece) -> None:
+    def _call(self, entry: Any, fused: Fused, *pieces: Piece) -> None:
         if entry(self._job.ctypes.data, self._numbers.ctypes.data):
             for read in (*fused.block.read_models, fused.block.read_base):
                 if read is not None:
-                    read(piece)  # the slow way, which says what is wrong, and where
+                    for piece in pieces:
+                        read(piece)  # the slow way, which says what is wrong, and where
             raise CheckpointError(f"'{fused.block.name}': holds a number that is not finite; get the checkpoint again")
 
     def _buffer(self, name: str, size: int) -> np.ndarray:
@@ -132,16 +147,19 @@ class Worker:
         count = len(fused.block.tasks)
         return self._job[J.HEAD : J.HEAD + J.SIDE * count].reshape(count, J.SIDE)
 
-    def _read(self, name: str, stored: Stored, piece: Piece) -> int:
-        """Address of a buffer with the stored bytes of a piece."""
-        buffer = self._buffer(name, stored.width * piece.numel)
-        stored.read(piece.start, buffer.data)
+    def _read(self, name: str, stored: Stored, runs: Sequence[Piece]) -> int:
+        """Address of a buffer with the stored bytes of some runs, side by side."""
+        buffer, at = self._buffer(name, stored.width * sum(run.numel for run in runs)), 0
+        for run in runs:
+            stored.read(run.start, buffer.data[at : at + stored.width * run.numel])
+            at += stored.width * run.numel
         return buffer.ctypes.data
 
-    def _fill(self, fused: Fused, piece: Piece) -> None:
-        """Read the inputs of a piece and say everything about it in the job."""
+    def _fill(self, fused: Fused, piece: Piece, runs: Sequence[Piece] = ()) -> None:
+        """Read the inputs of a piece, or of runs that are taken for one, and say everything about it in the job."""
         raw, count = fused.block.raw, len(fused.block.tasks)
         assert raw is not None
+        runs = runs or [piece]
         if len(self._job) != J.HEAD + J.SIDE * count:
             self._job = np.zeros(J.HEAD + J.SIDE * count, dtype=np.int64)
             self._numbers = np.zeros(3 * count + 4, dtype=np.float32)
@@ -149,7 +167,7 @@ class Worker:
         job[:] = 0
         job[J.ENTRIES], job[J.EXPERTS], job[J.SOURCE], job[J.POSITION] = piece.numel, count, fused.source, piece.start
         if raw.base is not None and (fused.source == J.DELTAS or fused.on_base):
-            job[J.BASE_CODE], job[J.BASE_ADDRESS] = raw.base.code, self._read("base", raw.base, piece)
+            job[J.BASE_CODE], job[J.BASE_ADDRESS] = raw.base.code, self._read("base", raw.base, runs)
         job[J.SCRATCH] = self._buffer("scratch", J.scratch_bytes(count)).ctypes.data
         job[J.SPARSIFY], job[J.COMBINE] = fused.sparsify, fused.combine or J.SUM
         job[J.DIVIDE], job[J.RESCALE], job[J.VOTES] = fused.divide, bool(fused.factors), fused.votes
@@ -164,7 +182,7 @@ class Worker:
             numbers[2 * count : 3 * count] = fused.factors
         numbers[3 * count :] = (fused.divisor, 1.0 if fused.scale is None else fused.scale, 1e-6, fused.mu)
         for k, (side, model) in enumerate(zip(self._sides(fused), raw.models, strict=True)):
-            side[J.CODE], side[J.ADDRESS] = model.code, self._read(f"expert {k}", model, piece)
+            side[J.CODE], side[J.ADDRESS] = model.code, self._read(f"expert {k}", model, runs)
             side[J.EQUAL] = side[J.EQUAL_TOP] = -1
             side[J.HIGH] = J.TOP
             if fused.sparsify == J.DROP:

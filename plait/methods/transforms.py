@@ -157,18 +157,18 @@ def magprune(
 
 
 _RANKED = 1 << 16
-"""Entries of a row up to which the loops rank; they take the square of it where very many are equal."""
+"""Entries of a row up to which the loops rank, in a few times its memory."""
 
 
 def _masked(block: Block, deltas: Stream, densities: Sequence[float], epsilons: Sequence[float]) -> Fused | None:
-    """What `magprune` keeps, as bits: the ranks of a row are found once, though the tensor is read again."""
+    """What `magprune` keeps, as bits: the ranks of a row are found once, though the tensor is gone through again."""
     if deltas.fused is None or not deltas.fused.plain or block.raw is None or any(d <= 0 for d in densities):
         return None
     width = block.grid.numel // block.shape[0] if len(block.shape) > 1 and block.shape[0] else block.grid.numel
     if width > _RANKED:
         return None
-    masks = block.raw.worker.prune(deltas.fused, max(width, 1), densities, epsilons)
-    return described(deltas, sparsify=J.MASKED, masks=masks, masked=[d < 1 for d in densities])
+    masks, sums = block.raw.worker.prune(deltas.fused, max(width, 1), densities, epsilons)
+    return described(deltas, sparsify=J.MASKED, masks=masks, masked=[d < 1 for d in densities], sums=sums)
 
 
 def consensus(
@@ -232,7 +232,8 @@ def _variance(values: torch.Tensor) -> torch.Tensor:
 
 def match_l1(block: Block, before: Stream, after: Stream) -> Stream:
     """Scale each task vector of `after` [K, n] so that its L1 norm over the tensor is that of `before`."""
-    sums = zip(totals(block, before, J.ABSOLUTE), totals(block, after, J.ABSOLUTE), strict=True)
+    sums = after.fused.sums if after.fused is not None else ()
+    sums = sums or zip(totals(block, before, J.ABSOLUTE), totals(block, after, J.ABSOLUTE), strict=True)
     factors = [1.0 if whole < 1e-7 or kept < 1e-7 else whole / kept for whole, kept in sums]
     return after.map(
         lambda values: values * torch.tensor(factors, dtype=values.dtype, device=values.device).unsqueeze(1),
