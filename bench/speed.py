@@ -101,9 +101,10 @@ def main() -> int:
         (work / f"{method}.yaml").write_text(yaml.safe_dump(recipe(method, models), sort_keys=False))
     warm(models)
     out = work / "out"
-    options, peaks = ["--overwrite", "--quiet", *given.plait_option], {}
+    options, peaks = ["--quiet", *given.plait_option], {}
     for turn in range(-2, given.rounds):
         for method in given.methods:
+            shutil.rmtree(out, ignore_errors=True)  # no part of a merge, as it is none of the floor
             below, cpu = floor(files, size, work / "floor.bin")
             # The first round warms the caches and compiles the loops; memory is watched in the second, which takes time
             # from a merge that uses all processors, and times are of the others.
