@@ -132,7 +132,7 @@ def breadcrumbs_ties(
     return _finish(block, combines.elect(block, deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("della", paper="arXiv:2406.11617", scope="row", cost=10.2)
+@merge_method("della", paper="arXiv:2406.11617", scope="row", cost=4.3)
 def della(
     block: Block,
     *,
@@ -148,7 +148,7 @@ def della(
     return _finish(block, combines.elect(block, deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("della_linear", paper="arXiv:2406.11617", scope="row", cost=10)
+@merge_method("della_linear", paper="arXiv:2406.11617", scope="row", cost=4.1)
 def della_linear(
     block: Block,
     *,
