@@ -159,7 +159,7 @@ class RoutedLinear(Routed):
             added = weights @ bias.deltas(x)
             y = y + (added if added.ndim == 3 else added.unsqueeze(1))
         if base.bias is not None:
-            y = y + base.bias
+            y = y.add_(base.bias) if mixing.may_write() else y + base.bias
         return y.view(*x.shape[:-1], y.shape[-1])
 
 

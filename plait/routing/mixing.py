@@ -42,7 +42,7 @@ def low_rank(
     share = weights[..., owner]
     inner = linear(x, down) * (share if share.ndim == x.ndim else share.unsqueeze(1))
     flat, inner = y.view(-1, y.shape[-1]), inner.view(-1, inner.shape[-1])
-    return (flat.addmm_(inner, up) if _may_write() else torch.addmm(flat, inner, up)).view(y.shape)
+    return (flat.addmm_(inner, up) if may_write() else torch.addmm(flat, inner, up)).view(y.shape)
 
 
 def _few(y: Tensor, x: Tensor, weights: Tensor, down: Tensor, up: Tensor, top: int) -> Tensor:
@@ -53,10 +53,10 @@ def _few(y: Tensor, x: Tensor, weights: Tensor, down: Tensor, up: Tensor, top: i
     reads = down.view(experts, rank, -1)[places].flatten(1, 2)
     writes = up.view(experts, rank, -1)[places].flatten(1, 2)
     inner = torch.bmm(x, reads.transpose(1, 2)) * share.repeat_interleave(rank, 1).unsqueeze(1)
-    return y.baddbmm_(inner, writes) if _may_write() else torch.baddbmm(y, inner, writes)
+    return y.baddbmm_(inner, writes) if may_write() else torch.baddbmm(y, inner, writes)
 
 
-def _may_write() -> bool:
+def may_write() -> bool:
     """Whether buffers may be written into: not where gradients are kept, or a program is traced."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting())
 
@@ -87,7 +87,11 @@ def dense(x: Tensor, weights: Tensor, base: Tensor, pick: Callable[[list[int]], 
         costs["grouped"] = int(torch.count_nonzero(distinct)) * _MERGE + samples * tokens * _BATCHED
         if min(costs, key=costs.__getitem__) == "grouped":
             return _grouped(x, distinct, which, base, deltas)
-    return _merged(x, weights, base, deltas) if costs["merged"] < costs["apart"] else _apart(x, weights, base, deltas)
+    if costs["apart"] <= costs["merged"]:
+        return _apart(x, weights, base, deltas)
+    if samples == 1:
+        return linear(x, torch.addmv(base.reshape(-1), deltas.flatten(1).T, weights[0].to(deltas.dtype)).view_as(base))
+    return _merged(x, weights, base, deltas)
 
 
 def own_weights(weights: Tensor, base: Tensor, deltas: Tensor) -> Tensor:
@@ -109,7 +113,7 @@ def _merged(x: Tensor, weights: Tensor, base: Tensor, deltas: Tensor) -> Tensor:
     rows = base.shape[0]
     if len(x) >= _SAMPLES // 2:
         rows = max(1, _BLOCK * (1 if x.shape[1] <= _FEW else 16) // base.shape[1])
-    y = x.new_empty(*x.shape[:-1], base.shape[0]) if _may_write() else None
+    y = x.new_empty(*x.shape[:-1], base.shape[0]) if may_write() else None
     blocks: list[Tensor] = []
     for at, part, delta in zip(range(0, base.shape[0], rows), base.split(rows), deltas.split(rows, dim=1), strict=True):
         done = []
