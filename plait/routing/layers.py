@@ -148,7 +148,7 @@ class RoutedLinear(Routed):
         elif parts.store.kind == "low_rank":
             found = parts.open(x)
             top = 1 if self.route.fixed else self.route.top
-            top = top if len(set(parts.store.ranks)) == 1 else 0
+            top = top if parts.store.ranks[0] and len(set(parts.store.ranks)) == 1 else 0
             y = mixing.low_rank(linear(rows, base.weight), rows, weights, found["down"], found["up"], parts.owner, top)
         else:
             y = mixing.dense(

@@ -25,7 +25,7 @@ and sixteen times the entries beyond."""
 
 
 _GATHER = 16
-"""Cost of copying one direction for a sample, in products of that direction with a token (docs/LOG.md)."""
+"""Cost of copying one direction for a sample, in products of that direction with a token: an estimate."""
 
 
 def low_rank(
