@@ -33,6 +33,11 @@ def show_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def show_latency(seconds: float) -> str:
+    """`4.2 ms`."""
+    return f"{1000 * seconds:.{0 if seconds >= 0.1 else 1 if seconds >= 0.001 else 3}f} ms"
+
+
 def show_seconds(seconds: float) -> str:
     """`8 s`, `3 min 20 s`, `2 h 05 min`."""
     if seconds < 60:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from plait.errors import CheckpointError, MachineError, RecipeError
 from plait.evaluate import metrics
+from plait.evaluate.clock import Clock
 from plait.evaluate.measure import Bench, Options, evaluate
 from plait.evaluate.metrics import difference, interval, measure, resampled
 from plait.evaluate.results import Evaluation, dump, load
@@ -486,6 +488,43 @@ def test_what_comes_from_the_cache_is_the_same(mini: MiniSuite, merged: Path, ow
     assert second.model.label == "two", "but for its label"
     assert second.model_copy(update={"model": first.model}) == first
     assert not list(own_cache.rglob(".*.json-*")), "no scratch files"
+
+
+# ---------------------------------------------------------------- latency
+
+
+def test_the_model_alone_is_timed(mini: MiniSuite, bench: Bench, merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, collate = Net.scores, Net.collate
+    monkeypatch.setattr(Net, "scores", lambda net, batch: (time.sleep(0.05), scores(net, batch))[1])
+    monkeypatch.setattr(Net, "collate", lambda net, samples: (time.sleep(0.3), collate(net, samples))[1])
+    found = Bench(mini.suite, Options(batch_size=10, use_cache=False)).evaluate(Subject.model(mini.suite, str(merged)))
+    assert found.latency is not None
+    assert 0.005 < found.latency < 0.03, "0.05 s for ten samples; making batches of them is left out"
+    assert bench.experts().latency is not None
+
+
+def test_the_latency_is_the_median_of_the_largest_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 9.0, 10.0, 10.4, 10.5, 10.7, 20.0, 20.8, 30.0, 30.1])
+    monkeypatch.setattr("plait.evaluate.clock.time.perf_counter", lambda: next(now))
+    clock = Clock(torch.device("cpu"))
+    for spans, samples in ((1, 4), (2, 4), (1, 4), (1, 1)):  # the first is slow, the last has one sample
+        for _ in range(spans):
+            with clock.running():
+                pass
+        clock.lap(samples)
+    assert clock.latency() == pytest.approx(0.8 / 4)
+
+
+def test_what_was_filed_without_a_latency_is_measured_again(mini: MiniSuite, merged: Path, own_cache: Path) -> None:
+    subject = Subject.model(mini.suite, str(merged))
+    before = Bench(mini.suite).evaluate(subject)
+    for file in (own_cache / "evaluations").rglob("*.json"):
+        found = load(file)
+        assert isinstance(found, Evaluation)
+        file.write_text(dump(found.model_copy(update={"latency": None})))
+    after = Bench(mini.suite).evaluate(subject)
+    assert after.latency is not None
+    assert after.tasks == before.tasks
 
 
 # ---------------------------------------------------------------- heads

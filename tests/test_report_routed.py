@@ -256,7 +256,15 @@ def test_compare_has_a_column_where_some_model_is_routed() -> None:
     assert {len(row) for row in rows} == {len(rows[0])}
     scores, costs = comparison_tables(compared(None, ONE))
     assert [column.header for column in scores.columns][-1] == "routed"
-    assert [column.header for column in costs.columns] == ["model", "fit", "merge", "size", "data", "task id"]
+    assert [column.header for column in costs.columns] == [
+        "model",
+        "fit",
+        "merge",
+        "size",
+        "latency",
+        "data",
+        "task id",
+    ]
     assert "routed: share of the samples" in str(scores.caption)
     assert "routed" not in str(comparison_tables(compared(None))[0].caption)
 
@@ -268,6 +276,22 @@ def test_the_csv_has_two_columns_more() -> None:
     assert float(rows[3]["routed"]) == pytest.approx(2.38 / 3)
     assert float(rows[3]["blind"]) == pytest.approx(0.7)
     assert rows[3]["task_id"] == "head"
+
+
+def test_latency_is_told_and_drawn_where_some_model_is_routed() -> None:
+    rows = list(csv.DictReader(io.StringIO(comparison_csv(compared(None, ONE)))))
+    assert {row["latency_seconds"] for row in rows} == {"0.0042"}
+    lines = [line for line in comparison_markdown(compared(None)).splitlines() if line.startswith("|")]
+    at = [cell.strip() for cell in lines[0].split("|")].index("latency")
+    assert {line.split("|")[at].strip() for line in lines[2:]} == {"4.2 ms"}
+    found = compared(None, ONE, ONE)
+    timed = [
+        row.model_copy(update={"evaluation": row.evaluation.model_copy(update={"latency": 0.002 * (1 + place)})})
+        for place, row in enumerate(found.rows)
+    ]
+    page = render([found.model_copy(update={"rows": timed})])
+    assert "What a better average costs in latency" in page
+    assert "What a better average costs in latency" not in render([compared(None, None, None)])
 
 
 # ---- In a browser

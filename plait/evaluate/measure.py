@@ -16,6 +16,7 @@ import torch
 from plait import digests
 from plait.errors import CheckpointError, RecipeError
 from plait.evaluate import cache
+from plait.evaluate.clock import Clock
 from plait.evaluate.corrupt import corrupt
 from plait.evaluate.metrics import interval, measure, resampled
 from plait.evaluate.results import (
@@ -107,7 +108,7 @@ class Bench:
         found = Evaluation(
             model=facts, suite=self.facts(), protocol=self._protocol("model", of_expert=True), tasks=own,
             average=average, normalised=normalised, seconds=seconds, versions=_versions(),
-            samples_per_second=sum(result.samples for result in own.values()) / seconds,
+            samples_per_second=sum(result.samples for result in own.values()) / seconds, latency=_shared_latency(parts),
         )  # fmt: skip
         return self._parted(found, clean)
 
@@ -153,7 +154,7 @@ class Bench:
         way = protocol.model_dump(exclude_none=True)  # what is clean keeps the key it had before there were corruptions
         key = digests.digest([subject.fingerprint(tasks), facts.fingerprint, way, self.task_options(tasks)])
         found = cache.find(key) if self.options.use_cache else None
-        if found is None:
+        if found is None or found.latency is None:  # filed by a version that did not time the model
             found = self._run(subject, tasks, facts, protocol)
             cache.store(key, found)
         results = {}
@@ -186,11 +187,12 @@ class Bench:
         answers: dict[str, list[Any]] = {task: [None] * len(self.splits[task]) for task in tasks}
         under = f" under {self.corruption.name}" if self.corruption else ""
         self.progress.stage(f"evaluate {subject.label}{under}", sum(sizes), "samples")
-        start = time.perf_counter()
+        start, clock = time.perf_counter(), Clock(net.device)
         for batch in batches:
             picked = [(tasks[which], int(row)) for which, row in batch]
-            for task, row, answer in self._answer(net, picked, protocol, record):
+            for task, row, answer in self._answer(net, picked, protocol, record, clock):
                 answers[task][row] = answer
+            clock.lap(len(picked))
             self.progress.advance(len(picked))
         seconds = time.perf_counter() - start
         results = {task: self._result(task, answers[task], heads.get(task, "none")) for task in tasks}
@@ -198,17 +200,19 @@ class Bench:
         return Evaluation(
             model=subject.facts(net), suite=facts, protocol=protocol, tasks=results, average=average, normalised=None,
             routing=None if record is None else record.result(results),
-            seconds=seconds, samples_per_second=sum(sizes) / seconds, versions=_versions(),
+            seconds=seconds, samples_per_second=sum(sizes) / seconds, latency=clock.latency(), versions=_versions(),
         )  # fmt: skip
 
     @torch.inference_mode()
     def _answer(
-        self, net: Net, picked: list[tuple[str, int]], protocol: Protocol, record: Record | None
+        self, net: Net, picked: list[tuple[str, int]], protocol: Protocol, record: Record | None, clock: Clock
     ) -> list[tuple[str, int, Any]]:
         samples = [Sample(task, self._input(net, task, row, protocol)) for task, row in picked]
         if isinstance(net, AnswerNet):
             told = [i for i, (task, _) in enumerate(picked) if self._generates(task)]
-            texts = dict(zip(told, net.generate([samples[i].value for i in told]) if told else [], strict=True))
+            with clock.running():
+                written = net.generate([samples[i].value for i in told]) if told else []
+            texts = dict(zip(told, written, strict=True))
             if told and record is not None:
                 asked = [picked[i] for i in told]
                 places = {task: [i for i, (name, _) in enumerate(asked) if name == task] for task, _ in asked}
@@ -217,8 +221,8 @@ class Bench:
             found = [(*picked[i], text) for i, text in texts.items()]
             if not rest:
                 return found
-            return found + self._choose(net, [picked[i] for i in rest], [samples[i] for i in rest], record)
-        return self._choose(net, picked, samples, record)
+            return found + self._choose(net, [picked[i] for i in rest], [samples[i] for i in rest], record, clock)
+        return self._choose(net, picked, samples, record, clock)
 
     def _input(self, net: Net, task: str, row: int, protocol: Protocol) -> Any:
         value, how = question(net, self.suite, task, self.splits[task], row), protocol.corruption
@@ -227,10 +231,11 @@ class Bench:
         return corrupt(value, how.name, how.severity, seed=protocol.seed, task=task, row=row)
 
     def _choose(
-        self, net: Net, picked: list[tuple[str, int]], samples: list[Sample], record: Record | None
+        self, net: Net, picked: list[tuple[str, int]], samples: list[Sample], record: Record | None, clock: Clock
     ) -> list[tuple[str, int, Any]]:
         found, batch = [], net.collate(samples)
-        answered = net.scores(batch)
+        with clock.running():
+            answered = net.scores(batch)
         if record is not None:
             record.add({task: batch.read(rows) for task, rows in batch.rows.items()}, picked, fan=True)
         for task, scores in answered.items():
@@ -316,6 +321,15 @@ def _averages(results: Mapping[str, TaskResult], experts: Mapping[str, TaskResul
         return average, None
     ratios = [_ratio(task, r, experts[task]) for task, r in results.items()]
     return average, interval(float(np.mean(list(shares.values()))), np.mean(ratios, axis=0))
+
+
+def _shared_latency(parts: Sequence[Evaluation]) -> float | None:
+    """Of every task's own model: the mean over all samples."""
+    counts = [sum(result.samples for result in part.tasks.values()) for part in parts]
+    known = [part.latency for part in parts if part.latency is not None]
+    if len(known) < len(parts):
+        return None
+    return sum(count * each for count, each in zip(counts, known, strict=True)) / sum(counts)
 
 
 def _versions() -> dict[str, str]:

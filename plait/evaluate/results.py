@@ -159,6 +159,8 @@ class Evaluation(_Data):
     """For models that are routed by their input."""
     seconds: float
     samples_per_second: float
+    latency: float | None = None
+    """Seconds of the model alone for a sample, in batches of `protocol.batch_size`: the median over batches."""
     versions: dict[str, str]
 
 

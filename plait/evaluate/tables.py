@@ -11,12 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from plait.evaluate.results import Comparison, Corrupted, Evaluation, Interval, Part, Robustness, Routing, Row, Sweep
-from plait.units import show_bytes, show_seconds
+from plait.units import show_bytes, show_latency, show_seconds
 
 SIGNIFICANT = 0.05
 _FOOT = (
     "normalised: score / score of the task's own expert, mean over tasks; ±: half of the 95 % interval (bootstrap); "
-    "*: differs from {baseline} with p < 0.05 (paired); task id: what it chooses, the head alone or the model"
+    "*: differs from {baseline} with p < 0.05 (paired); latency: of the model alone, a sample in batches of {batch}; "
+    "task id: what it chooses, the head alone or the model"
 )
 _UNSEEN_FOOT = "; seen, unseen: averages of the tasks whose experts were merged, and of the others"
 _CORRUPTED_FOOT = (
@@ -38,7 +39,7 @@ def comparison_rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
     header = [
         "model", *_task_names(found.rows[0].evaluation), *_part_names(found.rows[0].evaluation), "average",
         "normalised", f"against {found.baseline}", *(["routed"] if _has_routed(found) else []), "fit", "merge", "size",
-        "data", "task id",
+        "latency", "data", "task id",
     ]  # fmt: skip
     return header, [_cells(row, tasks, routed=_has_routed(found)) for row in found.rows]
 
@@ -110,13 +111,13 @@ def comparison_csv(found: Comparison) -> str:
         for end in ("", "_low", "_high")
     ]
     under = [f"{_under(one)} {key}" for one in found.rows[0].corrupted for key in ("average", "normalised", "alike")]
-    costs = ("fit_seconds", "merge_seconds", "bytes", "data", "task_id")
+    costs = ("fit_seconds", "merge_seconds", "bytes", "latency_seconds", "data", "task_id")
     writer.writerow(["model", "kind", *found.suite.tasks, *ends, *tests, *costs, *routed, *parts, *under])
     for row in found.rows:
         e, d = row.evaluation, row.difference
         scores = [e.tasks[task].score.value for task in found.suite.tasks]
         tested = [None] * 4 if d is None else [d.value, d.low, d.high, d.p]
-        facts = [row.fit_seconds, row.merge_seconds, e.model.bytes, row.data, e.protocol.task_id]
+        facts = [row.fit_seconds, row.merge_seconds, e.model.bytes, e.latency, row.data, e.protocol.task_id]
         cells = [row.label, row.kind, *scores, *_three(e.average), *_three(e.normalised), *tested, *facts]
         if routed:
             cells += [e.routing.right_mean, e.routing.blind_mean] if e.routing else [None, None]
@@ -148,7 +149,8 @@ def evaluation_table(found: Evaluation) -> Table:
         spread = f"{_percent(part.average.low)} … {_percent(part.average.high)}"
         cells = [f"of {len(part.tasks)} {name}", "", _percent(part.average.value), spread, "", _share(part.normalised)]
         table.add_row(*cells, "", "", style="bold")
-    table.caption = f"{found.samples_per_second:.0f} samples/s, {found.model.parameters / 1e6:.1f} M parameters"
+    timed = "" if found.latency is None else f", {show_latency(found.latency)} a sample in the model alone"
+    table.caption = f"{found.samples_per_second:.0f} samples/s{timed}, {found.model.parameters / 1e6:.1f} M parameters"
     return table
 
 
@@ -216,7 +218,7 @@ def _cells(row: Row, tasks: list[str], *, routed: bool) -> list[str]:
         *(_spread(part.average) for part in _parts(e)), _spread(e.average), _spread(e.normalised), against,
         *right, show_seconds(row.fit_seconds) if row.fit_seconds is not None else "",
         show_seconds(row.merge_seconds) if row.merge_seconds is not None else "", show_bytes(e.model.bytes),
-        row.data, e.protocol.task_id,
+        show_latency(e.latency) if e.latency is not None else "", row.data, e.protocol.task_id,
     ]  # fmt: skip
 
 
@@ -238,7 +240,8 @@ def _best(found: Comparison) -> set[tuple[int, int]]:
 
 def _foot(found: Comparison, baseline: str) -> str:
     unseen = _UNSEEN_FOOT if _parts(found.rows[0].evaluation) else ""
-    return _FOOT.format(baseline=baseline) + unseen + (_ROUTED_FOOT if _has_routed(found) else "")
+    batch = found.rows[0].evaluation.protocol.batch_size
+    return _FOOT.format(baseline=baseline, batch=batch) + unseen + (_ROUTED_FOOT if _has_routed(found) else "")
 
 
 def _has_routed(found: Comparison) -> bool:

@@ -10,7 +10,7 @@ from plait.evaluate.results import Row
 from plait.report.boards import Board, standing
 from plait.report.figures import Figure, Key, Trace, axis, bold, colour, layout, nice_range, step_for, symbol
 from plait.report.text import count, percent, plot_text
-from plait.units import show_bytes, show_seconds
+from plait.units import show_bytes, show_latency, show_seconds
 
 
 def task_dots(board: Board) -> Figure | None:
@@ -143,12 +143,24 @@ def tradeoffs(board: Board) -> list[Figure]:
             "its left.",
         ),
     ]  # fmt: skip
+    if any(row.evaluation.routing for row in board.ranked):  # static models differ by chance alone
+        made.append(
+            _tradeoff(
+                board, "latency", _milliseconds, lambda ms: show_latency(ms / 1000), "the model for a sample, ms",
+                "Up is better, left is faster. Timed along with the scores, on a machine that may have done other "
+                "things: small differences say nothing.",
+            )
+        )  # fmt: skip
     return [figure for figure in made if figure is not None]
 
 
 def _time(row: Row) -> float | None:
     """Of the merge and, where the method learned, of its fit."""
     return None if row.merge_seconds is None else row.merge_seconds + (row.fit_seconds or 0.0)
+
+
+def _milliseconds(row: Row) -> float | None:
+    return None if row.evaluation.latency is None else 1000 * row.evaluation.latency
 
 
 def _tradeoff(
@@ -185,7 +197,7 @@ def _tradeoff(
     told = f"{best[1].label} is the best at {show(best[2])}"
     if first[1] is not best[1]:
         gain = percent(standing(best[1]) - standing(first[1]))
-        told += f"; {first[1].label}, the {'fastest' if what == 'time' else 'smallest'}, takes {show(first[2])} and "
+        told += f"; {first[1].label}, the {'smallest' if what == 'size' else 'fastest'}, takes {show(first[2])} and "
         told += f"is {gain} points below"
     normal = all(row.evaluation.normalised for _, row, _ in rows)
     return Figure(

@@ -7,7 +7,7 @@ import math
 from plait.evaluate.results import Interval, Row
 from plait.report.boards import Board, shade, standing
 from plait.report.text import MISSING, breakable, count, escape, percent, points, probability, stars
-from plait.units import show_bytes, show_seconds
+from plait.units import show_bytes, show_latency, show_seconds
 
 
 def table(board: Board) -> str:
@@ -80,6 +80,10 @@ def _head(board: Board, *, costs: bool, fits: bool, data: bool, paired: bool) ->
     cells += [_th("fit time", "number", "Seconds to learn, before the merge", "first")] if fits else []
     cells += [_th("merge time", "number", "Seconds to merge", "" if fits else "first")] if costs else []
     cells.append(_th("size", "number", "Weight files on disk", "" if costs or fits else "first"))
+    if _has_latency(board):
+        cells.append(
+            _th("latency", "number", "Time of the model alone for a sample, in the batches it was measured in")
+        )
     cells += [_th("data", "text", "What data the method saw")] if data else []
     cells.append(_th("task id", "text", "What is chosen by a sample's task: only its head, or the model"))
     return f"<tr>{''.join(cells)}</tr>"
@@ -87,6 +91,10 @@ def _head(board: Board, *, costs: bool, fits: bool, data: bool, paired: bool) ->
 
 def _has_routed(board: Board) -> bool:
     return any(row.evaluation.routing for row in board.rows)
+
+
+def _has_latency(board: Board) -> bool:
+    return any(row.evaluation.latency is not None for row in board.rows)
 
 
 def _th(label: str, kind: str, title: str, css: str = "") -> str:
@@ -151,6 +159,9 @@ def _line(
         cells.append(_seconds(row.merge_seconds, "" if fits else "first"))
     size = show_bytes(found.model.bytes)
     cells.append(_plain(found.model.bytes, size, "" if costs or fits else "first"))
+    if _has_latency(board):
+        time = found.latency
+        cells.append(f"<td>{MISSING}</td>" if time is None else _plain(time, show_latency(time), ""))
     cells += [f'<td class="text" data-v="{escape(row.data)}">{escape(row.data) or MISSING}</td>'] if data else []
     chosen = found.protocol.task_id
     cells.append(f'<td class="text" data-v="{chosen}">{chosen}</td>')
