@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-_READ, _BATCHED, _MERGE, _ALONE, _EXPAND = 10.0, 1.1, 3.0, 7.0, 2.0
+_READ, _BATCHED, _MERGE, _ALONE, _EXPAND = 10.0, 1.1, 3.0, 7.0, 3.0
 """Costs of an entry of a matrix, in entries of a plain product over one token (measured on one core, docs/LOG.md): to
 read it for a product; a batched product over one token; to mix one expert into a sample's own weights, and to read that
 expert for the samples that are made at once; to multiply out one direction of a low-rank expert."""
@@ -46,7 +46,7 @@ def low_rank(
     even = rank > 0 and weights.ndim == 2
     if even and 0 < top * (tokens + _GATHER) < experts * tokens:
         return _few(plain(x, base, bias), x, weights, down, up, top)
-    if even and may_write():
+    if even and may_write() and x.device.type == "cpu":  # elsewhere many small steps cost more than they save
         m, n = base.shape
         thin = samples * tokens * len(down) * (m + n) / (m * n)
         if len(down) * _EXPAND + _merging(samples, tokens, experts) - samples * tokens < thin:
@@ -146,7 +146,7 @@ def _blocks(samples: int, tokens: int) -> tuple[int, int]:
     They are used while a cache holds them, and the allocator gives their memory again, which it does not above some 30
     MB: what the system gives is filled with zeros every time. Few tokens want a near cache, many tokens wide products.
     """
-    return (16, 3 << 14) if tokens <= _FEW else (8, 9 << 16)
+    return (8, 3 << 14) if tokens <= _FEW else (8, 9 << 15)
 
 
 def _merging(samples: int, tokens: int, experts: int) -> float:
@@ -179,7 +179,7 @@ def _merged(
             elif tokens > _FEW and x.dtype == own.dtype == base.dtype:  # not so under autocast
                 torch.baddbmm(added, x[batch], own, beta=beta, out=y[batch, :, here])
             else:
-                y[batch, :, here] = torch.baddbmm(added, x[batch], own, beta=beta)
+                torch.add(torch.bmm(x[batch], own), added, out=y[batch, :, here])  # added on the way into its place
         blocks += done if samples <= some else [torch.cat(done)] if done else []
     if y is not None:
         return y
