@@ -162,14 +162,19 @@ class TestMixing:
         if one_hot:
             weights = torch.eye(3).double()[[0, 2, 0, 0, 2, 0]]
         wanted = torch.stack([x[b] @ (base + sum(weights[b, k] * deltas[k] for k in range(3))).T for b in range(6)])
-        for way in (mixing._apart, mixing._merged):
-            for grad in (True, False):
-                with torch.set_grad_enabled(grad):
-                    assert torch.allclose(way(x, weights, base, deltas), wanted, atol=1e-12)
+        bias = torch.rand(4, generator=g).double()
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                for added in (None, bias, bias.expand(6, 1, 4)):
+                    plus = wanted if added is None else wanted + added
+                    found = mixing._apart(x, weights, base, deltas, added)
+                    assert torch.allclose(found, plus, atol=1e-12)
+                    found = mixing._merged(x, weights, base, lambda at, to: deltas[:, at:to], added)
+                    assert torch.allclose(found, plus, atol=1e-12)
         assert torch.allclose(mixing.dense(x, weights, base, lambda picked: deltas[picked]), wanted, atol=1e-12)
         assert torch.allclose(mixing.dense(x, weights, base, lambda p: deltas[p], free=False), wanted, atol=1e-12)
-        distinct, which = torch.unique(weights, dim=0, return_inverse=True)
-        assert torch.allclose(mixing._grouped(x, distinct, which, base, deltas), wanted, atol=1e-12)
+        groups = [[0, 2, 3, 5], [1, 4]] if one_hot else [[row] for row in range(6)]
+        assert torch.allclose(mixing._grouped(x, weights, groups, base, deltas), wanted, atol=1e-12)
 
     def test_unused_experts_are_not_read(self) -> None:
         x, base = torch.ones(2, 3, 5), torch.ones(4, 5)
@@ -194,12 +199,36 @@ class TestMixing:
                 for b in range(4)
             ]
         )
-        start = torch.ones(4, 6, 3)
-        assert torch.allclose(mixing.low_rank(start, x, weights, down, up, owner), wanted + 1, atol=1e-5)
-        with torch.no_grad():  # in place
-            assert torch.allclose(mixing.low_rank(start.clone(), x, weights, down, up, owner), wanted + 1, atol=1e-5)
-        per_token = weights.unsqueeze(1).expand(4, 6, 3)
-        assert torch.allclose(mixing.low_rank(start, x, per_token, down, up, owner), wanted + 1, atol=1e-5)
+        base, bias = torch.randn(3, 5, generator=g), torch.randn(3, generator=g)
+        wanted = wanted + x @ base.T + bias
+        for grad in (True, False):  # without gradients: in place
+            with torch.set_grad_enabled(grad):
+                assert torch.allclose(
+                    mixing.low_rank(x, weights, base, down, up, owner, bias=bias), wanted, atol=1e-5
+                )  # fmt: skip
+                per_token = weights.unsqueeze(1).expand(4, 6, 3)
+                assert torch.allclose(
+                    mixing.low_rank(x, per_token, base, down, up, owner, bias=bias.expand(4, 1, 3)), wanted, atol=1e-5
+                )
+
+    @torch.no_grad()
+    def test_many_tokens_merge_low_rank_experts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        g = torch.Generator().manual_seed(0)
+        x, down, up = (torch.randn(s, generator=g) for s in ((19, 70, 12), (24, 12), (24, 14)))
+        base, bias, weights = torch.randn(14, 12, generator=g), torch.randn(14, generator=g), torch.rand(19, 4)
+        owner = torch.arange(4).repeat_interleave(6)
+        thin = mixing.low_rank(x, weights, base, down, up, owner, bias=bias)
+        assert (thin - torch.stack([
+            row @ (base + (up.T * share[owner]) @ down).T + bias for row, share in zip(x, weights, strict=True)
+        ])).abs().max() <= 1e-4  # fmt: skip
+        merged: list[int] = []
+        inner = mixing._merged
+        monkeypatch.setattr(mixing, "_merged", lambda *given: merged.append(1) or inner(*given))
+        for entries in (1 << 20, 40):  # in one block of rows, and in many
+            monkeypatch.setattr(mixing, "_blocks", lambda *_, entries=entries: (8, entries))
+            found = mixing.low_rank(x, weights, base, down, up, owner, rank=6, bias=bias)
+            assert float((found - thin).abs().max()) <= 1e-5 * float(thin.abs().max())
+        assert merged == [1, 1]
 
     @pytest.mark.parametrize("top", [1, 2])
     def test_samples_that_use_few_low_rank_experts_read_theirs_alone(
@@ -209,14 +238,19 @@ class TestMixing:
         x, down, up = (torch.randn(s, generator=g) for s in ((5, 60, 6), (16, 6), (16, 3)))
         owner = torch.arange(8).repeat_interleave(2)
         weights = of_top(torch.rand(5, 8, generator=g).softmax(-1), top)
-        start = torch.randn(5, 60, 3, generator=g)
-        all_of_them = mixing.low_rank(start.clone(), x, weights, down, up, owner)
-        monkeypatch.setattr(mixing, "linear", None)  # what reads all experts
-        assert torch.allclose(mixing.low_rank(start.clone(), x, weights, down, up, owner, top), all_of_them, atol=1e-5)
-        with torch.no_grad():
-            assert torch.allclose(
-                mixing.low_rank(start.clone(), x, weights, down, up, owner, top), all_of_them, atol=1e-5
-            )
+        base = torch.randn(3, 6, generator=g)
+        all_of_them = mixing.low_rank(x, weights, base, down, up, owner)
+        whole = mixing.linear
+
+        def base_alone(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            assert weight is base  # not all experts' directions
+            return whole(given, weight, bias)
+
+        monkeypatch.setattr(mixing, "linear", base_alone)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                found = mixing.low_rank(x, weights, base, down, up, owner, rank=2, top=top)
+                assert torch.allclose(found, all_of_them, atol=1e-5)
 
 
 class TestStores:

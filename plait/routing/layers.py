@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap  # type: ignore[attr-defined]
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from plait.routing import mixing
 from plait.routing.stores import Store
@@ -142,24 +142,24 @@ class RoutedLinear(Routed):
             return base(x)
         weights = weights.to(x.dtype)
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
-        parts = self.parts("weight")
+        parts, bias = self.parts("weight"), base.bias
+        own = self.parts("bias")
+        if own is not None:
+            added = weights @ own.deltas(x)
+            added = added if added.ndim == 3 else added.unsqueeze(1)
+            bias = added if bias is None else added + bias
         if parts is None:
-            y = linear(rows, base.weight)
+            y = mixing.plain(rows, base.weight, bias)
         elif parts.store.kind == "low_rank":
-            found = parts.open(x)
-            top = 1 if self.route.fixed else self.route.top
-            top = top if parts.store.ranks[0] and len(set(parts.store.ranks)) == 1 else 0
-            y = mixing.low_rank(linear(rows, base.weight), rows, weights, found["down"], found["up"], parts.owner, top)
+            found, ranks = parts.open(x), set(parts.store.ranks)
+            y = mixing.low_rank(
+                rows, weights, base.weight, found["down"], found["up"], parts.owner,
+                rank=ranks.pop() if len(ranks) == 1 else 0, top=1 if self.route.fixed else self.route.top, bias=bias,
+            )  # fmt: skip
         else:
             y = mixing.dense(
-                rows, weights, base.weight, lambda picked: parts.deltas(x, picked), steerable(weights)
+                rows, weights, base.weight, lambda picked: parts.deltas(x, picked), steerable(weights), bias
             )  # fmt: skip
-        bias = self.parts("bias")
-        if bias is not None:
-            added = weights @ bias.deltas(x)
-            y = y + (added if added.ndim == 3 else added.unsqueeze(1))
-        if base.bias is not None:
-            y = y.add_(base.bias) if mixing.may_write() else y + base.bias
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
