@@ -16,7 +16,7 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from plait.kernels import job as J
-from plait.kernels.memory import _MAGNITUDE, _POINTERS, _f32, _pointer, _round, _u8, _u32
+from plait.kernels.memory import _MAGNITUDE, _POINTERS, _f32, _places, _pointer, _round, _u8, _u32
 from plait.kernels.rows import prune
 from plait.kernels.stages import _add_up, _combine, _fold, _loaded, _scale, _sparsify, _variance
 
@@ -91,22 +91,19 @@ def _tally(bits, m, low, high, out, room, found, marks):
             over = np.int32(over + np.int32(size > high))
             equal = np.int32(equal + np.int32(size == high))
         return np.int64(over), found + np.int64(equal)
-    marked, words = _u8(marks, J.CHUNK), carray(_pointer(marks, types.uint64), (J.CHUNK // 8,))
+    marked, places = _u8(marks, J.CHUNK), marks + 4 * J.CHUNK
     above = np.int32(0)
     for i in range(m):
         size = np.int32(np.uint32(bits[i] & _MAGNITUDE))
         above = np.int32(above + np.int32(size > high))
         marked[i] = np.uint8((size >= low) & (size <= high))
-    for i in range(m, (m + 7) // 8 * 8):
-        marked[i] = np.uint8(0)
-    for word in range((m + 7) // 8):
-        if words[word] != 0:
-            if found + 8 > room:
-                return np.int64(above), room + 1
-            for i in range(8 * word, min(8 * word + 8, m)):
-                out[found] = np.uint32(bits[i] & _MAGNITUDE)
-                found += np.int64(marked[i])
-    return np.int64(above), found
+    more = _places(marks, m, places)
+    if found + more > room:
+        return np.int64(above), room + 1
+    at, kept = _u32(places, m), _u32(out + 4 * found, more)
+    for j in range(np.uint64(more)):
+        kept[j] = np.uint32(bits[at[j]] & _MAGNITUDE)
+    return np.int64(above), found + more
 
 
 @cfunc(types.int64(*_POINTERS), nopython=True, error_model="numpy")
@@ -132,7 +129,7 @@ def tally(job_pointer, numbers_pointer):
             bits = _u32(chunks + 4 * J.CHUNK * k, m)
             above, job[side + J.FOUND] = _tally(
                 bits, m, np.int32(job[side + J.LOW]), np.int32(job[side + J.HIGH]),
-                _u32(job[side + J.FOUND_AT], room), room, job[side + J.FOUND], spare,
+                job[side + J.FOUND_AT], room, job[side + J.FOUND], spare,
             )  # fmt: skip
             job[side + J.ABOVE] += above
             if job[J.SPARSIFY] == J.SPREAD:
