@@ -81,14 +81,14 @@ def _by_one_reading(fused: Fused, output: Output) -> bool:
     rooms = _rooms(fused, sizes, windows)
     if rooms is None:
         return False
-    aside, held = rooms
+    (aside, held), uncut = rooms, replace(fused, cuts=())
     width, spare = J.WIDTHS[raw.out], raw.worker.buffer("out", min(grid.unit, grid.numel) * J.WIDTHS[raw.out])
     above, ends = np.zeros((len(windows), len(windows[0])), dtype=np.int64), [0]
     for piece in grid:
         output.begin(piece)
         kept = piece.stop * width <= len(held)
         data = held[piece.start * width : piece.stop * width] if kept else spare[: piece.numel * width]
-        above += raw.worker.guess(fused, piece, windows, aside, data)
+        above += raw.worker.guess(uncut, piece, windows, aside, data)
         if aside.count > len(aside.places):
             return False
         if not kept:

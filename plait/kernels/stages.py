@@ -186,7 +186,9 @@ def _sparsify(job, numbers, start, m, count, chunks, spare):
             chunk = chunks + 4 * J.CHUNK * k
             if kind == J.CUT:
                 if job[side + J.EQUAL] >= 0:
-                    job[side + J.QUOTA] -= _split_equals(chunk, m, job[side + J.EQUAL], job[side + J.QUOTA], True, spare)
+                    job[side + J.QUOTA] -= _split_equals(
+                        chunk, m, job[side + J.EQUAL], job[side + J.QUOTA], True, spare
+                    )
                 if job[side + J.EQUAL_TOP] >= 0:
                     job[side + J.QUOTA_TOP] -= _split_equals(
                         chunk, m, job[side + J.EQUAL_TOP], job[side + J.QUOTA_TOP], False, spare

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from plait.errors import CheckpointError
@@ -85,9 +85,10 @@ class Worker:
     ) -> list[list[int]]:
         """Merge a piece into `out` as far as it is decided before the cuts are known; the rest is put `aside`.
 
-        `windows`: for each cut, as in `Fused.cuts`, the bounds that it lies between. → how many magnitudes are above.
+        `fused` has no cuts; `windows` has, in their form, the bounds that each lies between. → how many magnitudes are
+        above them.
         """
-        self._fill(replace(fused, cuts=()), piece)
+        self._fill(fused, piece)
         job, sides = self._job, self._sides(fused)
         assert fused.block.raw is not None
         job[J.OUT_CODE], job[J.OUT_ADDRESS] = fused.block.raw.out, out.ctypes.data
