@@ -12,12 +12,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from plait.decide import TensorPlan
 from plait.dtypes import itemsize, to_torch
 from plait.errors import CheckpointError, MachineError
 from plait.experts import Input
+from plait.kernels import once
 from plait.kernels.fused import Raw, Stored
 from plait.kernels.job import CODES
 from plait.kernels.native import Loops, loops
@@ -114,7 +116,7 @@ class Engine:
         if len(whole) < len(models) or (base is None and tensor.base is not None):
             return None
         if not hasattr(self._own, "worker"):
-            self._own.worker = Worker(self._loops, min(1 << 25, self.memory // (4 * self.threads)))
+            self._own.worker = Worker(self._loops, min(1 << 26, self.memory // (4 * self.threads)))
         return Raw(self._own.worker, whole, base, CODES[tensor.dtype])
 
     def each(self, tensors: list[TensorPlan], job: Callable[[TensorPlan], R]) -> list[R]:
@@ -193,11 +195,7 @@ class Engine:
         width = itemsize(tensor.dtype)
         share = tensor.bytes_in / max(tensor.grid.numel, 1)
         if merged.fused is not None and merged.fused.combine is not None and block.raw is not None:
-            for piece in tensor.grid:
-                if self._stop.is_set():
-                    raise _StoppedError
-                writer.write(name, piece.start * width, block.raw.worker.merge(merged.fused, piece))
-                self.progress.advance(int(piece.numel * share))
+            once.merge(merged.fused, _Output(self, writer, name, width, share))
             return
         dtype = to_torch(tensor.dtype)
         for piece in tensor.grid:
@@ -210,6 +208,11 @@ class Engine:
                 values = put_back(values, block.lost(piece))
             writer.write(name, piece.start * width, _bytes(values))
             self.progress.advance(int(piece.numel * share))
+
+    def begin(self) -> None:
+        """Raise where another job has failed."""
+        if self._stop.is_set():
+            raise _StoppedError
 
     def _copy(self, tensor: TensorPlan, name: str, writer: FolderWriter) -> None:
         source, *others = tensor.inputs
@@ -256,6 +259,31 @@ class Engine:
             with self._room:
                 self._free += size
                 self._room.notify_all()
+
+
+@dataclass
+class _Output:
+    """Where the loops put one tensor."""
+
+    engine: Engine
+    writer: FolderWriter
+    name: str
+    width: int
+    share: float
+    """Bytes of input behind an entry."""
+    begun: int = 0
+
+    def begin(self, piece: Piece) -> None:
+        self.engine.begin()
+        if piece.index >= self.begun:  # not what is merged anew
+            self.begun += 1
+            self.engine.progress.advance(int(piece.numel * self.share))
+
+    def write(self, piece: Piece, data: memoryview) -> None:
+        self.writer.write(self.name, piece.start * self.width, data)
+
+    def read(self, piece: Piece, data: memoryview) -> None:
+        self.writer.read(self.name, piece.start * self.width, data)
 
 
 class _StoppedError(Exception):

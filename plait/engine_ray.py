@@ -196,7 +196,7 @@ class _Joined(FolderWriter):
     def __enter__(self) -> _Joined:
         try:
             for name in sorted({self._where[tensor][0] for tensor in self._names}):
-                self._files[name] = os.open(self.partial / name, os.O_WRONLY)
+                self._files[name] = os.open(self.partial / name, os.O_RDWR)
         except OSError as error:
             self._close()
             raise MachineError(

@@ -155,6 +155,19 @@ class FolderWriter:
         except OSError as error:
             raise self._explain(error) from None
 
+    def read(self, tensor: str, offset: int, data: memoryview) -> None:
+        """Fill `data` with what was written at `offset` of a tensor."""
+        name, start = self._where[tensor]
+        position = start + offset
+        try:
+            while data:
+                count = os.preadv(self._files[name], [data], position)
+                if not count:
+                    raise OSError(errno.EIO, "became shorter", name)
+                data, position = data[count:], position + count
+        except OSError as error:
+            raise self._explain(error) from None
+
     def finish(self, tensor: str) -> None:
         """Note in the journal that a tensor is whole."""
         if self._follower is not None:

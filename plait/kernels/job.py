@@ -8,6 +8,8 @@ from __future__ import annotations
 F32, BF16 = 0, 1
 CODES = {"F32": F32, "BF16": BF16}
 """Storage types that the loops read and write; others go the way of torch."""
+WIDTHS = {F32: 4, BF16: 2}
+"""Bytes of an entry."""
 
 MODELS, DELTAS = 0, 1
 """What is merged: weights, or task vectors."""
@@ -19,13 +21,18 @@ SUM, ELECT, SCE = range(3)
 ENTRIES, EXPERTS, SOURCE, BASE_CODE, BASE_ADDRESS, OUT_CODE, OUT_ADDRESS, SCRATCH = range(8)
 SPARSIFY, COMBINE, WEIGH, NORMALIZE, ZERO_IS_POSITIVE, SCALE, ON_BASE, POSITION = range(8, 16)
 DIVIDE, RESCALE, VOTES, WIDTH, DOUBLES = range(16, 21)
-HEAD = 24
+PLACES, LISTED_BASE, LISTED, LIST_ROOM = range(21, 25)
+"""Of entries that are put aside (`guess`): where their places in the piece and their stored base go, how many there are
+and how many fit."""
+HEAD = 26
 
 CODE, ADDRESS, LOW, HIGH, EQUAL, QUOTA, EQUAL_TOP, QUOTA_TOP, KEY = range(9)
 BITS, FOUND_AT, ROOM, FOUND, ABOVE = range(11, 16)
-SIDE = 16
+LOW_TOP, HIGH_TOP, ABOVE_TOP = range(16, 19)
+SIDE = 20
 """Per expert: its type and address; the cut kept and the one dropped at the top; the key of its draws (3 places);
-packed bits; where candidates go, how many fit, how many there are, and how many lie above."""
+packed bits; where candidates go, how many fit, how many there are, and how many lie above; the bounds of an upper cut
+that is still looked for, and how many lie above them."""
 
 WEIGHTS, DENSITIES, FACTORS, SCALARS = range(4)
 """Numbers: a row of K each for the first three, then DIVISOR, LAMBDA, LEAST, MU."""
@@ -46,7 +53,7 @@ def scratch_bytes(experts: int) -> int:
     return 4 * CHUNK * (experts + 5)
 
 
-PICK_BYTES = 8 * 1024
+PICK_BYTES = 16 * 1024
 """Memory that `pick` counts in."""
 
 

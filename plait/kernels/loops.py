@@ -16,9 +16,10 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from plait.kernels import job as J
-from plait.kernels.memory import _MAGNITUDE, _POINTERS, _f32, _pointer, _round, _u8, _u32
+from plait.kernels.memory import _MAGNITUDE, _POINTERS, _f32, _places, _pointer, _u8, _u32
 from plait.kernels.rows import prune
-from plait.kernels.stages import _add_up, _combine, _fold, _loaded, _scale, _sparsify, _variance
+from plait.kernels.sift import guess, patch
+from plait.kernels.stages import _add_up, _combine, _fold, _loaded, _put, _sparsify, _variance
 
 
 @cfunc(types.int64(*_POINTERS), nopython=True, error_model="numpy")
@@ -39,13 +40,7 @@ def merge(job_pointer, numbers_pointer):
             broken |= _loaded(job, start, m, count, scratch)
             _sparsify(job, numbers, start, m, count, chunks, spare)
             _combine(job, numbers, m, count, chunks, spare)
-        if job[J.SCALE] != 0:
-            _scale(spare, m, numbers[3 * count + 1])
-        if job[J.ON_BASE] != 0:
-            total, under = _f32(spare, m), _f32(scratch, m)
-            for i in range(m):
-                total[i] = under[i] + total[i]
-        _round(job[J.OUT_CODE], spare, m, job[J.OUT_ADDRESS], start)
+        _put(job, numbers, start, m, count, scratch, spare)
     return broken
 
 
@@ -91,22 +86,19 @@ def _tally(bits, m, low, high, out, room, found, marks):
             over = np.int32(over + np.int32(size > high))
             equal = np.int32(equal + np.int32(size == high))
         return np.int64(over), found + np.int64(equal)
-    marked, words = _u8(marks, J.CHUNK), carray(_pointer(marks, types.uint64), (J.CHUNK // 8,))
+    marked, places = _u8(marks, J.CHUNK), marks + 4 * J.CHUNK
     above = np.int32(0)
     for i in range(m):
         size = np.int32(np.uint32(bits[i] & _MAGNITUDE))
         above = np.int32(above + np.int32(size > high))
         marked[i] = np.uint8((size >= low) & (size <= high))
-    for i in range(m, (m + 7) // 8 * 8):
-        marked[i] = np.uint8(0)
-    for word in range((m + 7) // 8):
-        if words[word] != 0:
-            if found + 8 > room:
-                return np.int64(above), room + 1
-            for i in range(8 * word, min(8 * word + 8, m)):
-                out[found] = np.uint32(bits[i] & _MAGNITUDE)
-                found += np.int64(marked[i])
-    return np.int64(above), found
+    more = _places(marks, m, places)
+    if found + more > room:
+        return np.int64(above), room + 1
+    at, kept = _u32(places, m), _u32(out + 4 * found, more)
+    for j in range(np.uint64(more)):
+        kept[j] = np.uint32(bits[at[j]] & _MAGNITUDE)
+    return np.int64(above), found + more
 
 
 @cfunc(types.int64(*_POINTERS), nopython=True, error_model="numpy")
@@ -132,7 +124,7 @@ def tally(job_pointer, numbers_pointer):
             bits = _u32(chunks + 4 * J.CHUNK * k, m)
             above, job[side + J.FOUND] = _tally(
                 bits, m, np.int32(job[side + J.LOW]), np.int32(job[side + J.HIGH]),
-                _u32(job[side + J.FOUND_AT], room), room, job[side + J.FOUND], spare,
+                job[side + J.FOUND_AT], room, job[side + J.FOUND], spare,
             )  # fmt: skip
             job[side + J.ABOVE] += above
             if job[J.SPARSIFY] == J.SPREAD:
@@ -151,20 +143,27 @@ def pick(job_pointer, numbers_pointer):
     n, wanted = job[J.HEAD + J.FOUND], job[J.HEAD + J.QUOTA]
     low, high = job[J.HEAD + J.LOW], job[J.HEAD + J.HIGH]
     numbers = _u32(job[J.HEAD + J.FOUND_AT], n)
-    counts = carray(_pointer(job[J.SCRATCH], types.int64), (1024,))
+    counts, others = _u32(job[J.SCRATCH], 1025), _u32(job[J.SCRATCH] + J.PICK_BYTES // 2, 1025)
     while True:
         shift = 0
         while (high - low) >> shift >= 1024:
             shift += 1
+        for b in range(1025):
+            counts[b] = others[b] = np.uint32(0)
+        # What lies outside goes to one bin more; two rows, as equal neighbours would wait for one another.
+        least, by, even = np.uint32(low), np.uint32(shift), np.uint64(n // 2 * 2)
+        for i in range(np.uint64(0), even, np.uint64(2)):
+            one = np.uint32(np.uint32(numbers[i] - least) >> by)
+            two = np.uint32(np.uint32(numbers[i + np.uint64(1)] - least) >> by)
+            counts[min(one, np.uint32(1024))] += np.uint32(1)
+            others[min(two, np.uint32(1024))] += np.uint32(1)
+        if n % 2:
+            counts[min(np.uint32(np.uint32(numbers[even] - least) >> by), np.uint32(1024))] += np.uint32(1)
         for b in range(1024):
-            counts[b] = 0
-        for i in range(n):
-            number = np.int64(numbers[i])
-            if number >= low and number <= high:
-                counts[(number - low) >> shift] += 1
-        b = 1023
-        while counts[b] < wanted:
-            wanted -= counts[b]
+            counts[b] += others[b]
+        b = (high - low) >> shift
+        while np.int64(counts[b]) < wanted:
+            wanted -= np.int64(counts[b])
             b -= 1
         if shift == 0:
             job[J.HEAD + J.EQUAL], job[J.HEAD + J.QUOTA], job[J.HEAD + J.ABOVE] = low + b, wanted, counts[b]
@@ -247,6 +246,6 @@ def norms(job_pointer, numbers_pointer):
 
 ENTRIES = {
     "merge": merge, "magnitudes": magnitudes, "tally": tally, "pick": pick, "votes": votes, "norms": norms,
-    "prune": prune,
+    "prune": prune, "guess": guess, "patch": patch,
 }  # fmt: skip
 """What is compiled, by the name it is called by."""

@@ -55,24 +55,49 @@ def _u8(address, n):
     return carray(_pointer(address, types.uint8), (n,))
 
 
+@intrinsic
+def _as_float(context, bits):
+    """32 bits, read as a float."""
+    del context
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
+def _lowest(context, word):
+    """The place of the lowest bit that is set in a word that is not zero."""
+    del context
+
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], context.get_constant(types.boolean, True))
+
+    return types.uint64(types.uint64), generate
+
+
 @njit(error_model="numpy")
 def _widen(code, address, start, m, target):
-    """Entries [start, start + m) of a stored run as float32 at `target`; 1 where one is not finite, else 0."""
+    """Entries [start, start + m) of a stored run as float32 at `target`; 1 where one is not finite, else 0.
+
+    The largest exponent tells, in one instruction a vector: that of an infinity or NaN is above all others.
+    """
     out = _u32(target, m)
-    broken = np.uint32(0)
+    largest = np.uint32(0)
     if code == J.BF16:
         short = _u16(address + 2 * start, m)
         for i in range(m):
             bits = np.uint32(np.uint32(short[i]) << np.uint32(16))
             out[i] = bits
-            broken |= np.uint32(np.uint32(bits & _EXPONENT) == _EXPONENT)
+            largest = max(largest, np.uint32(bits & _EXPONENT))
     else:
         long = _u32(address + 4 * start, m)
         for i in range(m):
             bits = long[i]
             out[i] = bits
-            broken |= np.uint32(np.uint32(bits & _EXPONENT) == _EXPONENT)
-    return np.int64(broken)
+            largest = max(largest, np.uint32(bits & _EXPONENT))
+    return np.int64(largest == _EXPONENT)
 
 
 @njit(error_model="numpy")
@@ -94,14 +119,50 @@ def _round(code, values, m, address, start):
 
 @njit(error_model="numpy")
 def _load(job, start, m, base, chunk, k):
-    """Expert k of a chunk, as weights or as task vector, at `chunk`."""
+    """Expert k of a chunk, as weights or as task vector, at `chunk`; 1 where an entry is not finite."""
     side = J.HEAD + k * J.SIDE
-    broken = _widen(job[side + J.CODE], job[side + J.ADDRESS], start, m, chunk)
-    if job[J.SOURCE] == J.DELTAS:
-        values, under = _f32(chunk, m), _f32(base, m)
+    code, address = job[side + J.CODE], job[side + J.ADDRESS]
+    if job[J.SOURCE] != J.DELTAS:
+        return _widen(code, address, start, m, chunk)
+    values, under = _f32(chunk, m), _f32(base, m)
+    largest = np.uint32(0)
+    if code == J.BF16:
+        short = _u16(address + 2 * start, m)
         for i in range(m):
-            values[i] = values[i] - under[i]
-    return broken
+            bits = np.uint32(np.uint32(short[i]) << np.uint32(16))
+            values[i] = _as_float(bits) - under[i]
+            largest = max(largest, np.uint32(bits & _EXPONENT))
+    else:
+        long = _u32(address + 4 * start, m)
+        for i in range(m):
+            bits = long[i]
+            values[i] = _as_float(bits) - under[i]
+            largest = max(largest, np.uint32(bits & _EXPONENT))
+    return np.int64(largest == _EXPONENT)
+
+
+@njit(error_model="numpy")
+def _places(marks, m, target):
+    """Where among m bytes of 0 and 1 (in a room of whole 64) the ones are, in order, at `target`; how many there are.
+
+    64 marks become the bits of a word: a loop over its ones has one branch that cannot be foretold in 64 entries.
+    Indices are unsigned, as numba looks whether a signed one counts from the end.
+    """
+    marked, words, out = _u8(marks, J.CHUNK), carray(_pointer(marks, types.uint64), (J.CHUNK // 8,)), _u32(target, m)
+    for i in range(m, (m + 63) // 64 * 64):
+        marked[i] = np.uint8(0)
+    found = np.uint64(0)
+    for group in range(np.uint64((m + 63) // 64)):
+        first = np.uint64(group * np.uint64(8))
+        left = np.uint64(0)
+        for j in range(np.uint64(8)):
+            byte = np.uint64(words[first + j] * np.uint64(0x0102040810204080)) >> np.uint64(56)
+            left |= byte << np.uint64(np.uint64(8) * j)
+        while left != np.uint64(0):
+            out[found] = np.uint32(np.uint64(first * np.uint64(8)) + _lowest(left))
+            found += np.uint64(1)
+            left &= left - np.uint64(1)
+    return np.int64(found)
 
 
 @njit(error_model="numpy")

@@ -45,6 +45,7 @@ class Loops:
         entries = {name: kind(self._engine.get_function_address(symbol)) for name, symbol in names.items()}
         self.merge, self.magnitudes, self.tally = entries["merge"], entries["magnitudes"], entries["tally"]
         self.pick, self.votes, self.norms, self.prune = (entries[name] for name in ("pick", "votes", "norms", "prune"))
+        self.guess, self.patch = entries["guess"], entries["patch"]
 
 
 def loops(work: int = 0) -> Loops | None:
@@ -95,7 +96,7 @@ def _path() -> Path:
     from plait.places import cache_folder
 
     digest = hashlib.sha256()
-    for name in ("job.py", "memory.py", "stages.py", "rows.py", "loops.py", "build.py"):
+    for name in ("job.py", "memory.py", "stages.py", "rows.py", "sift.py", "loops.py", "build.py"):
         digest.update((Path(__file__).parent / name).read_bytes())
     for package in ("numba", "llvmlite"):
         try:

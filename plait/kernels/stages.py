@@ -11,7 +11,7 @@ import numpy as np
 from numba import carray, njit, types
 
 from plait.kernels import job as J
-from plait.kernels.memory import _MAGNITUDE, _f32, _load, _pointer, _u8, _u32, _uniform, _widen
+from plait.kernels.memory import _MAGNITUDE, _f32, _load, _places, _pointer, _round, _u8, _u32, _uniform, _widen
 
 
 @njit(error_model="numpy")
@@ -25,15 +25,18 @@ def _cut(chunk, m, low, high):
 
 
 @njit(error_model="numpy")
-def _split_equals(chunk, m, bits_equal, quota, keep_first):
+def _split_equals(chunk, m, bits_equal, quota, keep_first, marks):
     """Of what equals a cut, keep the first `quota` alone, or drop them alone; how many it were."""
-    bits = _u32(chunk, m)
-    seen = np.int64(0)
+    bits, marked, places = _u32(chunk, m), _u8(marks, m), marks + 4 * J.CHUNK
+    equal = np.int32(bits_equal)
     for i in range(m):
-        if np.int64(bits[i] & _MAGNITUDE) == bits_equal:
-            seen += 1
-            if (seen > quota) == keep_first:
-                bits[i] = np.uint32(0)
+        marked[i] = np.uint8(np.int32(np.uint32(bits[i] & _MAGNITUDE)) == equal)
+    seen = _places(marks, m, places)
+    first = min(max(quota, 0), seen)
+    begin, end = (first, seen) if keep_first else (np.int64(0), first)
+    at = _u32(places, seen)
+    for j in range(np.uint64(begin), np.uint64(end)):
+        bits[at[j]] = np.uint32(0)
     return seen
 
 
@@ -170,7 +173,9 @@ def _sparsify(job, numbers, start, m, count, chunks, spare):
         bits, ones = _u32(spare + 4 * J.CHUNK, m), _f32(spare + 4 * J.CHUNK, m)
         side = J.HEAD
         if job[side + J.EQUAL] >= 0:
-            job[side + J.QUOTA] -= _split_equals(spare + 4 * J.CHUNK, m, job[side + J.EQUAL], job[side + J.QUOTA], True)
+            job[side + J.QUOTA] -= _split_equals(
+                spare + 4 * J.CHUNK, m, job[side + J.EQUAL], job[side + J.QUOTA], True, spare + 8 * J.CHUNK
+            )
         low = np.int32(job[side + J.LOW])
         for i in range(m):
             ones[i] = np.float32(1) if np.int32(bits[i]) >= low else np.float32(0)
@@ -181,10 +186,12 @@ def _sparsify(job, numbers, start, m, count, chunks, spare):
             chunk = chunks + 4 * J.CHUNK * k
             if kind == J.CUT:
                 if job[side + J.EQUAL] >= 0:
-                    job[side + J.QUOTA] -= _split_equals(chunk, m, job[side + J.EQUAL], job[side + J.QUOTA], True)
+                    job[side + J.QUOTA] -= _split_equals(
+                        chunk, m, job[side + J.EQUAL], job[side + J.QUOTA], True, spare
+                    )
                 if job[side + J.EQUAL_TOP] >= 0:
                     job[side + J.QUOTA_TOP] -= _split_equals(
-                        chunk, m, job[side + J.EQUAL_TOP], job[side + J.QUOTA_TOP], False
+                        chunk, m, job[side + J.EQUAL_TOP], job[side + J.QUOTA_TOP], False, spare
                     )
                 _cut(chunk, m, np.int32(job[side + J.LOW]), np.int32(job[side + J.HIGH]))
             elif kind == J.DROP and numbers[count + k] < 1:
@@ -271,3 +278,15 @@ def _loaded(job, start, m, count, scratch):
     for k in range(count):
         broken |= _load(job, start, m, scratch, scratch + 4 * J.CHUNK * (k + 1), k)
     return broken
+
+
+@njit(error_model="numpy")
+def _put(job, numbers, start, m, count, base, total):
+    """What was combined at `total`, scaled, on the base, and rounded to the output."""
+    if job[J.SCALE] != 0:
+        _scale(total, m, numbers[3 * count + 1])
+    if job[J.ON_BASE] != 0:
+        values, under = _f32(total, m), _f32(base, m)
+        for i in range(m):
+            values[i] = under[i] + values[i]
+    _round(job[J.OUT_CODE], total, m, job[J.OUT_ADDRESS], start)

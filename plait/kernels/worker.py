@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from plait.errors import CheckpointError
@@ -12,6 +13,20 @@ from plait.kernels.native import Loops
 from plait.lazy import np
 from plait.methods.draws import key_of
 from plait.methods.stream import Piece
+
+
+@dataclass
+class Aside:
+    """Entries of a tensor that are merged later: their places in their pieces, and what is stored there."""
+
+    places: np.ndarray
+    models: list[np.ndarray]
+    """Bytes, a row for each expert."""
+    base: np.ndarray | None
+    late: np.ndarray
+    """Where the output of these entries goes."""
+    count: int = 0
+    """More than there are places when they did not fit."""
 
 
 class Worker:
@@ -28,8 +43,7 @@ class Worker:
     def merge(self, fused: Fused, piece: Piece) -> memoryview:
         """The bytes of a piece of the output; valid until the next call."""
         assert fused.block.raw is not None
-        width = 2 if fused.block.raw.out == J.BF16 else 4
-        out = self._buffer("out", piece.numel * width)
+        out = self.buffer("out", piece.numel * J.WIDTHS[fused.block.raw.out])
         self._fill(fused, piece)
         self._job[J.OUT_CODE], self._job[J.OUT_ADDRESS] = fused.block.raw.out, out.ctypes.data
         self._call(self.loops.merge, fused, piece)
@@ -38,7 +52,7 @@ class Worker:
     def magnitudes(self, fused: Fused, runs: Sequence[Piece]) -> np.ndarray:
         """[rows, n] bits of the magnitudes (of the variances, for `spread`) of some runs; valid until the next call."""
         whole = Piece(0, 0, sum(run.numel for run in runs))
-        out = self._buffer("sizes", 4 * fused.rows * whole.numel).view(np.uint32)
+        out = self.buffer("sizes", 4 * fused.rows * whole.numel).view(np.uint32)
         self._fill(fused, whole, runs)
         self._job[J.OUT_ADDRESS] = out.ctypes.data
         self._call(self.loops.magnitudes, fused, *runs)
@@ -66,11 +80,42 @@ class Worker:
         found[:] = sides[:, J.FOUND].tolist()
         return [(int(side[J.ABOVE]), int(side[J.QUOTA])) for side in sides]
 
+    def guess(
+        self, fused: Fused, piece: Piece, windows: Sequence[Sequence[tuple[int, int]]], aside: Aside, out: np.ndarray
+    ) -> list[list[int]]:
+        """Merge a piece into `out` as far as it is decided before the cuts are known; the rest is put `aside`.
+
+        `fused` has no cuts; `windows` has, in their form, the bounds that each lies between. → how many magnitudes are
+        above them.
+        """
+        self._fill(fused, piece)
+        job, sides = self._job, self._sides(fused)
+        assert fused.block.raw is not None
+        job[J.OUT_CODE], job[J.OUT_ADDRESS] = fused.block.raw.out, out.ctypes.data
+        job[J.PLACES], job[J.LIST_ROOM], job[J.LISTED] = aside.places.ctypes.data, len(aside.places), aside.count
+        if aside.base is not None:
+            job[J.LISTED_BASE] = aside.base.ctypes.data
+        for side, listed, (*top, bottom) in zip(sides, aside.models, windows, strict=True):
+            side[J.FOUND_AT] = listed.ctypes.data
+            side[J.LOW], side[J.HIGH] = bottom
+            side[J.LOW_TOP], side[J.HIGH_TOP] = top[0] if top else (J.TOP, J.TOP)
+        self._call(self.loops.guess, fused, piece)
+        aside.count = int(job[J.LISTED])
+        both = sides[:, [J.ABOVE_TOP, J.ABOVE]].tolist()
+        return [above[-len(row) :] for above, row in zip(both, windows, strict=True)]
+
+    def patch(self, code: int, places: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
+        """Put output entries to their places in a piece."""
+        job = np.zeros(J.HEAD, dtype=np.int64)
+        job[J.ENTRIES], job[J.OUT_CODE], job[J.OUT_ADDRESS] = len(out), code, out.ctypes.data
+        job[J.LISTED], job[J.PLACES], job[J.BASE_ADDRESS] = len(places), places.ctypes.data, values.ctypes.data
+        self.loops.patch(job.ctypes.data, self._numbers.ctypes.data)
+
     def pick(self, numbers: np.ndarray, low: int, high: int, wanted: int) -> tuple[int, int, int]:
         """The `wanted`-th largest integer of [low, high]; how many equals of it are wanted, and how many there are."""
         job = np.zeros(J.HEAD + J.SIDE, dtype=np.int64)
         side = job[J.HEAD :]
-        job[J.SCRATCH] = self._buffer("scratch", J.PICK_BYTES).ctypes.data
+        job[J.SCRATCH] = self.buffer("scratch", J.PICK_BYTES).ctypes.data
         side[J.FOUND_AT], side[J.FOUND], side[J.QUOTA] = numbers.ctypes.data, len(numbers), wanted
         side[J.LOW], side[J.HIGH] = low, high
         self.loops.pick(job.ctypes.data, self._numbers.ctypes.data)
@@ -110,7 +155,7 @@ class Worker:
         for piece in fused.block.grid:
             packed = np.zeros((len(densities), -(-piece.numel // 8)), dtype=np.uint8)
             self._fill(fused, piece)
-            scratch = self._buffer("rows", J.prune_bytes(width, piece.numel, len(densities))).ctypes.data
+            scratch = self.buffer("rows", J.prune_bytes(width, piece.numel, len(densities))).ctypes.data
             chunks, self._job[J.SCRATCH] = int(self._job[J.SCRATCH]), scratch
             self._job[J.WIDTH], self._job[J.DOUBLES] = width, chances.ctypes.data
             for k, (side, density) in enumerate(zip(self._sides(fused), densities, strict=True)):
@@ -132,7 +177,7 @@ class Worker:
                         read(piece)  # the slow way, which says what is wrong, and where
             raise CheckpointError(f"'{fused.block.name}': holds a number that is not finite; get the checkpoint again")
 
-    def _buffer(self, name: str, size: int) -> np.ndarray:
+    def buffer(self, name: str, size: int) -> np.ndarray:
         """`size` bytes that are kept for the next piece."""
         held = self._buffers.get(name)
         if held is None or len(held) < size:
@@ -141,7 +186,7 @@ class Worker:
 
     def room(self, row: int, count: int) -> np.ndarray:
         """Where a row's candidates go: `count` integers, the same memory for every tally."""
-        return self._buffer(f"room {row}", 4 * count).view(np.uint32)
+        return self.buffer(f"room {row}", 4 * count).view(np.uint32)
 
     def _sides(self, fused: Fused) -> np.ndarray:
         count = len(fused.block.tasks)
@@ -149,7 +194,7 @@ class Worker:
 
     def _read(self, name: str, stored: Stored, runs: Sequence[Piece]) -> int:
         """Address of a buffer with the stored bytes of some runs, side by side."""
-        buffer, at = self._buffer(name, stored.width * sum(run.numel for run in runs)), 0
+        buffer, at = self.buffer(name, stored.width * sum(run.numel for run in runs)), 0
         for run in runs:
             stored.read(run.start, buffer.data[at : at + stored.width * run.numel])
             at += stored.width * run.numel
@@ -157,7 +202,7 @@ class Worker:
 
     def _fill(self, fused: Fused, piece: Piece, runs: Sequence[Piece] = ()) -> None:
         """Read the inputs of a piece, or of runs that are taken for one, and say everything about it in the job."""
-        raw, count = fused.block.raw, len(fused.block.tasks)
+        raw, count, each = fused.block.raw, len(fused.block.tasks), list(fused.cuts)  # they may be looked for only now
         assert raw is not None
         runs = runs or [piece]
         if len(self._job) != J.HEAD + J.SIDE * count:
@@ -168,7 +213,7 @@ class Worker:
         job[J.ENTRIES], job[J.EXPERTS], job[J.SOURCE], job[J.POSITION] = piece.numel, count, fused.source, piece.start
         if raw.base is not None and (fused.source == J.DELTAS or fused.on_base):
             job[J.BASE_CODE], job[J.BASE_ADDRESS] = raw.base.code, self._read("base", raw.base, runs)
-        job[J.SCRATCH] = self._buffer("scratch", J.scratch_bytes(count)).ctypes.data
+        job[J.SCRATCH] = self.buffer("scratch", J.scratch_bytes(count)).ctypes.data
         job[J.SPARSIFY], job[J.COMBINE] = fused.sparsify, fused.combine or J.SUM
         job[J.DIVIDE], job[J.RESCALE], job[J.VOTES] = fused.divide, bool(fused.factors), fused.votes
         weights = fused.weights or [1.0] * count
@@ -189,7 +234,7 @@ class Worker:
                 self._key(fused, side, k)
             elif fused.sparsify == J.MASKED:
                 side[J.BITS] = fused.masks[piece.index][k].ctypes.data if fused.masked[k] else 0
-        for side, cuts in zip(self._sides(fused), fused.cuts, strict=False):
+        for side, cuts in zip(self._sides(fused), each, strict=False):
             *top, bottom = cuts
             side[J.LOW], side[J.EQUAL], side[J.QUOTA] = _edge(bottom, piece)
             for cut in top:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from plait.kernels import selection
+from plait.kernels import once, selection
 from plait.lazy import torch
 from plait.methods.stream import Piece, Stream
 
@@ -155,13 +155,20 @@ def equal_counts(magnitudes: torch.Tensor, cuts: Sequence[Sequence[Cut]]) -> lis
     return [[int(torch.count_nonzero(bits[k] == cut.bits)) for cut in row] for k, row in enumerate(cuts)]
 
 
-def largest(values: Stream, counts: Sequence[Sequence[int]], numel: int) -> list[list[Cut]]:
+def largest(values: Stream, counts: Sequence[Sequence[int]], numel: int) -> Sequence[Sequence[Cut]]:
     """For each expert k of a [K, n] stream and each wanted count, the cut that keeps exactly that many magnitudes.
 
-    `counts[k]` lists the counts wanted of expert k; all experts must want equally many cuts.
+    `counts[k]` lists the counts wanted of expert k; all experts must want equally many cuts. They may be looked for
+    when they are first asked for: whoever merges by the loops may know them by then.
     """
     if all(count <= 0 or count >= numel for row in counts for count in row):
         return [[trivial(count) for count in row] for row in counts]
+    if values.fused is None or not values.fused.plain:
+        return _searched(values, counts, numel)
+    return once.Wanted(counts, lambda: _searched(values, counts, numel), Cut, trivial)
+
+
+def _searched(values: Stream, counts: Sequence[Sequence[int]], numel: int) -> list[list[Cut]]:
     if values.fused is not None and values.fused.plain:
         found = selection.largest(values.fused, counts, Cut, trivial)
         if found is not None:
