@@ -4,6 +4,8 @@
     python bench/speed.py --size 1.5B --methods linear ties  other sizes, some methods
     python bench/speed.py --mergekit linear ties             run mergekit too, for these methods (minutes each)
 
+`linear` is also run beside the least code that does it at speed (bench/prototype.py).
+
 Every run of Plait follows a run of the floor (bench/floor.py: each input byte read once, the output written once), and
 its time is given as a multiple of that one; the page cache is warm. Medians over --rounds, and all runs to
 bench/results/speed-SIZE.csv. mergekit gets one run a method, in an environment of its own.
@@ -25,7 +27,7 @@ from typing import Any
 
 import yaml
 from large import build_large, parse_count, warm
-from processes import ROOT, Run, mergekit_python, run_mergekit, run_plait, short
+from processes import ROOT, Run, mergekit_python, run, run_mergekit, run_plait, short
 
 from plait.evaluate.compare import machine
 
@@ -117,6 +119,13 @@ def main() -> int:
             elif turn >= 0:
                 note("floor", method, Run(True, below, cpu), None)
                 note("plait", method, replace(done, anonymous=peaks[method]), below)
+            if method == "linear":
+                shutil.rmtree(out, ignore_errors=True)
+                least = run(
+                    [sys.executable, str(ROOT / "bench" / "prototype.py"), str(out), *map(str, models.values())]
+                )
+                if turn >= 0:
+                    note("prototype", method, least, below)
     for method in given.mergekit:
         shutil.rmtree(out, ignore_errors=True)
         done = run_mergekit(mergekit_python(given), work / f"{method}.yaml", out, sample=True)
@@ -144,6 +153,9 @@ def table(lines: list[dict[str, Any]], methods: list[str]) -> None:
         values = [line[key] for line in lines if line["tool"] == tool and line["method"] == method]
         return statistics.median(values) if values else None
 
+    least, total = (middle("prototype", "linear", key) for key in ("wall", "cpu"))
+    if least is not None:
+        print(f"prototype of linear: {least:.2f} s, {total:.2f} CPU s\n")
     print("| method | floor s | wall s | × floor | CPU s | RssAnon MB | mergekit wall s | CPU s | × wall | × CPU |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for method in methods:
