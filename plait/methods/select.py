@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from plait.kernels import once, selection
 from plait.lazy import torch
 from plait.methods.stream import Piece, Stream
 
@@ -165,11 +164,15 @@ def largest(values: Stream, counts: Sequence[Sequence[int]], numel: int) -> Sequ
         return [[trivial(count) for count in row] for row in counts]
     if values.fused is None or not values.fused.plain:
         return _searched(values, counts, numel)
+    from plait.kernels import once  # not for `plait check`, which merges nothing
+
     return once.Wanted(counts, lambda: _searched(values, counts, numel), Cut, trivial)
 
 
 def _searched(values: Stream, counts: Sequence[Sequence[int]], numel: int) -> list[list[Cut]]:
     if values.fused is not None and values.fused.plain:
+        from plait.kernels import selection
+
         found = selection.largest(values.fused, counts, Cut, trivial)
         if found is not None:
             return found
@@ -190,6 +193,8 @@ def trivial(count: int) -> Cut:
 def largest_share(values: Stream, share: float, numel: int) -> Cut:
     """The cut of a stream [1, n] that keeps ⌊share · (entries that are not zero)⌋ of largest magnitude."""
     if values.fused is not None and values.fused.plain and numel:
+        from plait.kernels import selection
+
         found = selection.largest_share(values.fused, share, Cut, trivial)
         if found is not None:
             return found
