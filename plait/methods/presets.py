@@ -47,7 +47,7 @@ def task_arithmetic(
     return _finish(block, combines.sum_(block, block.deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("ties", paper="arXiv:2306.01708", survey=survey_trim, cost=2.3)
+@merge_method("ties", paper="arXiv:2306.01708", survey=survey_trim, cost=1.7)
 def ties(
     block: Block,
     *,
@@ -100,7 +100,7 @@ def dare_ties(
     return _finish(block, combines.elect(block, deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("breadcrumbs", paper="arXiv:2312.06795", cost=3.2)
+@merge_method("breadcrumbs", paper="arXiv:2312.06795", cost=2.1)
 def breadcrumbs(
     block: Block,
     *,
@@ -116,7 +116,7 @@ def breadcrumbs(
     return _finish(block, combines.sum_(block, deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("breadcrumbs_ties", paper="arXiv:2312.06795", cost=3.3)
+@merge_method("breadcrumbs_ties", paper="arXiv:2312.06795", cost=2.2)
 def breadcrumbs_ties(
     block: Block,
     *,
