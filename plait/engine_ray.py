@@ -78,12 +78,17 @@ class RayEngine(Engine):
         self._plan, self._address, self._started = plan, address, False
 
     def _connected(self) -> Any:
-        """Ray, at the address, where the program is connected already, or on a cluster of this machine alone."""
+        """Ray: at the address or RAY_ADDRESS, where the program is connected already, or on a cluster of its own."""
         if not self._ray.is_initialized():
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             place: dict[str, Any] = {"address": self._address}
-            if self._address is None:
-                place = {"num_cpus": self.threads, "include_dashboard": False, "object_store_memory": 1 << 27}
+            if self._address is None and "RAY_ADDRESS" not in os.environ:  # as set inside of a Ray job
+                place = {
+                    "address": "local",
+                    "num_cpus": self.threads,
+                    "include_dashboard": False,
+                    "object_store_memory": 1 << 27,
+                }
             try:
                 self._ray.init(**place, log_to_driver=False, logging_level="error")
             except Exception as error:

@@ -67,7 +67,7 @@ def estimate_seconds(plan: Plan, budget: Budget) -> float:
     """A rough time: bytes moved and the method's arithmetic, on the threads; with a warm page cache."""
     elements = sum(tensor.spec.numel * max(len(tensor.inputs), 1) for tensor in plan.merged)
     moving = plan.bytes_in * _READ + plan.bytes_out * _WRITE
-    return 0.45 + (moving + elements * plan.method.cost * 1e-9) / budget.threads
+    return 0.35 + (moving + elements * plan.method.cost * 1e-9) / budget.threads
 
 
 def _cold(plan: Plan) -> str:

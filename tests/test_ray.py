@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import mini_suite
 import pico
 import pytest
 import torch
+import yaml
 from mini_suite import MiniSuite
 from safetensors.torch import load_file, save_file
 
@@ -88,6 +91,30 @@ def test_the_same_bytes_as_on_one_machine(
     far = plait.merge(made, tmp_path / "far", engine="ray")
     assert far.hashes == local.hashes
     assert (far.path / "plait.json").read_bytes() == (local.path / "plait.json").read_bytes()
+
+
+@needs_ray
+def test_a_cluster_of_its_own_beside_another(cluster: None, models: Path, tmp_path: Path) -> None:
+    local = plait.merge(recipe(models, "linear"), tmp_path / "local")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(models, "linear")))
+    command = [
+        sys.executable,
+        "-m",
+        "plait",
+        "merge",
+        "recipe.yaml",
+        "far",
+        "--engine",
+        "ray",
+        "--threads",
+        "1",
+        "--quiet",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = {file.name: sha256(file.read_bytes()).hexdigest() for file in (tmp_path / "far").glob("*.safetensors")}
+    assert found == {name: local.hashes[name] for name in found}
+    assert found
 
 
 @needs_ray

@@ -47,7 +47,7 @@ def task_arithmetic(
     return _finish(block, combines.sum_(block, block.deltas, weight=weight, normalize=normalize), lambda_)
 
 
-@merge_method("ties", paper="arXiv:2306.01708", survey=survey_trim, cost=1.7)
+@merge_method("ties", paper="arXiv:2306.01708", survey=survey_trim, cost=1.6)
 def ties(
     block: Block,
     *,
