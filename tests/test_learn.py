@@ -145,6 +145,23 @@ class TestGradients:
             adam.step()
         assert float((learner.lambdas - lambdas).detach().abs().max()) < 1e-4
 
+    @pytest.mark.parametrize(
+        ("trial", "inside"),
+        [
+            (("adamerging", {"lr": 0.9}), False),
+            (("adamerging", {"lr": 0.9, "clamp": True}), True),
+            (("adamerging", {"lr": 0.9, "protocol": "paper"}), True),
+            (("tsv_adamerging", {"lr": 0.9, "protocol": "paper"}), False),
+        ],
+        indirect=["trial"],
+    )
+    def test_the_clamp_is_the_papers(self, trial: Trial, inside: bool) -> None:
+        learner = Coefficients(trial.bench, trial.vectors, trial.plan.fit, trial.session.loss())
+        for step in range(2):
+            learner.step(step)
+        low, high = float(learner.lambdas.detach().min()), float(learner.lambdas.detach().max())
+        assert (low >= 0 and high <= 1) == inside
+
     @pytest.mark.parametrize("trial", [("concrete_task_arithmetic", {"lr": 0.1})], indirect=True)
     def test_mask_against_autograd_through_the_merge(self, trial: Trial) -> None:
         learner = ConcreteTaskArithmetic(trial.bench, trial.vectors, trial.plan.fit, trial.session.loss(), 0)

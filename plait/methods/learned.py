@@ -62,23 +62,24 @@ class Fit:
 class CoefficientFit(Fit):
     """Keys under `fit:` of AdaMerging and its kin."""
 
-    PAPER: ClassVar[dict[str, Any]] = {"objective": "entropy", "guard": False, "steps": 500, "lr": 1e-3}
+    PAPER: ClassVar[dict[str, Any]] = {"objective": "entropy", "guard": False, "steps": 500, "lr": 1e-3, "clamp": True}
 
     granularity: Granularity = "tensor"
     """One coefficient per expert (task-wise), and per layer, block or tensor (the papers' layer-wise)."""
     init: float = 0.3
-    clamp: bool = True
-    """Keep the coefficients in [0, 1]."""
+    clamp: bool = False
+    """Keep the coefficients in [0, 1], as `protocol: paper` does. Here it costs up to four points (docs/LOG.md)."""
     stay: Annotated[float, Range(0)] = 0.0
     """Weight of the penalty on the mean squared move of the coefficients from `init`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartsFit(CoefficientFit):
-    """Keys under `fit:` of AdaMerging on TSV-M's parts: it begins as TSV-M."""
+    """Keys under `fit:` of AdaMerging on TSV-M's parts: it begins as TSV-M, at the upper end of a clamp."""
+
+    PAPER: ClassVar[dict[str, Any]] = {**CoefficientFit.PAPER, "clamp": False}
 
     init: float = 1.0
-    clamp: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,7 @@ class PositionFit(CoefficientFit):
     objective: Objective = "contrastive"
     granularity: Granularity = "task"
     temperature: Rate = 0.05
+    clamp: bool = True
     stay: Annotated[float, Range(0)] = 0.1
 
 
@@ -120,6 +122,7 @@ class BilevelFit(CoefficientFit):
     concrete: Rate = 0.5
     inner_lr: Rate = 0.1
     inner: Literal["adam", "sgd"] = "adam"
+    clamp: bool = True
     finetune_steps: Annotated[int, Range(0)] = 40
     finetune_lr: Rate = 0.05
 
