@@ -29,9 +29,9 @@ METHODS = ["Block", "MergeMethod", "PerModel", "Range", "adamerging", "adamergin
 # From left to right: a module imports from what stands before it only.
 ORDER = [
     "lazy", "errors", "places", "threads", "units", "digests", "atomic", "dtypes", "yamlfile", "recipe",
-    "kernels.job", "kernels.native", "kernels.memory", "kernels.stages", "kernels.rows", "kernels.loops",
+    "kernels.job", "kernels.native", "kernels.memory", "kernels.stages", "kernels.rows", "kernels.sift", "kernels.loops",
     "kernels.build", "kernels.fused",
-    "methods.stream", "methods.draws", "kernels.worker", "kernels.selection", "kernels",
+    "methods.stream", "methods.draws", "kernels.worker", "kernels.selection", "kernels.once", "kernels",
     "methods.block", "methods.sums", "methods.contract", "methods.memory",
     "methods.select", "methods.transforms", "methods.survey", "methods.combines", "methods.matrices",
     "methods.finishes",
@@ -53,7 +53,7 @@ ORDER = [
     "sidefiles", "headfiles", "card", "run", "verify", "leftovers",
     "inspect", "progress", "show_merge", "show", "show_state", "show_upkeep", "templates",
     "suites.bases", "suites.train", "suites.train_lora", "suites.language", "suites.builtin", "suites.build", "suites",
-    "evaluate.results", "evaluate.cache", "evaluate.metrics", "evaluate.corrupt", "evaluate.subjects",
+    "evaluate.results", "evaluate.cache", "evaluate.clock", "evaluate.metrics", "evaluate.corrupt", "evaluate.subjects",
     "evaluate.routed",
     "evaluate.unseen", "evaluate.measure", "evaluate.robust", "evaluate.contenders",
     "evaluate.compare", "evaluate.sweep", "evaluate.tables",
