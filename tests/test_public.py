@@ -29,8 +29,8 @@ METHODS = ["Block", "MergeMethod", "PerModel", "Range", "adamerging", "adamergin
 # From left to right: a module imports from what stands before it only.
 ORDER = [
     "lazy", "errors", "places", "threads", "units", "digests", "atomic", "dtypes", "yamlfile", "recipe",
-    "kernels.job", "kernels.native", "kernels.memory", "kernels.stages", "kernels.rows", "kernels.sift", "kernels.loops",
-    "kernels.build", "kernels.fused",
+    "kernels.job", "kernels.native", "kernels.memory", "kernels.stages", "kernels.rows", "kernels.sift",
+    "kernels.loops", "kernels.build", "kernels.fused",
     "methods.stream", "methods.draws", "kernels.worker", "kernels.selection", "kernels.once", "kernels",
     "methods.block", "methods.sums", "methods.contract", "methods.memory",
     "methods.select", "methods.transforms", "methods.survey", "methods.combines", "methods.matrices",
