@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import compiled
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from plait.methods import draws
 from plait.methods.contract import all_methods, get_method
 from plait.methods.select import Cut, Histograms, trivial
 
+loops = compiled.loops
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("linear", {}),
     ("linear", {"normalize": False, "weight": 0.4}),
@@ -50,24 +52,6 @@ SHAPES = {
     "a.weight": (300, 1031), "b.weight": (64, 64), "norm.weight": (77,), "same.weight": (3, 5, 7), "empty": (0, 4),
     "one": (1,), "long": (300_001,), "steps": (700, 101), "wide.steps": (9, 5003),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def loops(request: pytest.FixtureRequest) -> Any:
-    """The loops, compiled once for a checkout."""
-    folder = request.config.cache.mkdir("plait")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(native.OFF, raising=False)
-        patch.setenv("PLAIT_CACHE", str(folder))
-        patch.setattr(native, "WORTH", 0)
-        native._path.cache_clear()
-        native._loaded.cache_clear()
-        compiled = native.loops()
-        if compiled is None:
-            pytest.skip("numba is not installed, so there is nothing to compare")
-        yield compiled
-    native._path.cache_clear()
-    native._loaded.cache_clear()
 
 
 @pytest.fixture(scope="module")

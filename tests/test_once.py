@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import compiled
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from plait.methods.contract import get_method
 from plait.methods.stream import GRAIN, Piece
 from plait.writer import FolderWriter
 
+loops = compiled.loops
 SIZE = 2 * GRAIN + 12_345
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -29,23 +31,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("breadcrumbs", {"density": 0.6, "gamma": 0.05}),
     ("breadcrumbs_ties", {"density": 0.3, "gamma": 0.01}),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def loops(request: pytest.FixtureRequest) -> Any:
-    """The loops, compiled once for a checkout."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(native.OFF, raising=False)
-        patch.setenv("PLAIT_CACHE", str(request.config.cache.mkdir("plait")))
-        patch.setattr(native, "WORTH", 0)
-        native._path.cache_clear()
-        native._loaded.cache_clear()
-        compiled = native.loops()
-        if compiled is None:
-            pytest.skip("numba is not installed, so there is nothing to compare")
-        yield compiled
-    native._path.cache_clear()
-    native._loaded.cache_clear()
 
 
 class Memory:
