@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -494,12 +493,19 @@ def test_what_comes_from_the_cache_is_the_same(mini: MiniSuite, merged: Path, ow
 
 
 def test_the_model_alone_is_timed(mini: MiniSuite, bench: Bench, merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores, collate = Net.scores, Net.collate
-    monkeypatch.setattr(Net, "scores", lambda net, batch: (time.sleep(0.05), scores(net, batch))[1])
-    monkeypatch.setattr(Net, "collate", lambda net, samples: (time.sleep(0.3), collate(net, samples))[1])
-    found = Bench(mini.suite, Options(batch_size=10, use_cache=False)).evaluate(Subject.model(mini.suite, str(merged)))
-    assert found.latency is not None
-    assert 0.005 < found.latency < 0.03, "0.05 s for ten samples; making batches of them is left out"
+    scores, collate, now = Net.scores, Net.collate, [0.0]
+
+    def takes(seconds: float, result: Any) -> Any:
+        now[0] += seconds
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr("plait.evaluate.clock.time.perf_counter", lambda: now[0])
+        patch.setattr(Net, "scores", lambda net, batch: takes(0.05, scores(net, batch)))
+        patch.setattr(Net, "collate", lambda net, samples: takes(0.3, collate(net, samples)))
+        subject = Subject.model(mini.suite, str(merged))
+        found = Bench(mini.suite, Options(batch_size=10, use_cache=False)).evaluate(subject)
+    assert found.latency == pytest.approx(0.005), "0.05 s for ten samples; making batches of them is left out"
     assert bench.experts().latency is not None
 
 
