@@ -33,7 +33,7 @@ class Follower:
         self._news = threading.Condition()
         self._stopped = False
         self._hashes: dict[str, tuple[str, list[str]]] = {}
-        self._error: OSError | None = None
+        self._error: MachineError | None = None
         self._thread = threading.Thread(target=self._run, name="plait-hash", daemon=True)
         self._thread.start()
 
@@ -50,8 +50,7 @@ class Follower:
         """
         self._thread.join()
         if self._error is not None:
-            reason = self._error.strerror or self._error
-            raise MachineError(f"{self._error.filename or 'the output'}: cannot be read back: {reason}")
+            raise self._error
         return dict(self._hashes)
 
     def stop(self) -> None:
@@ -62,15 +61,17 @@ class Follower:
         self._thread.join()
 
     def _run(self) -> None:
-        try:
-            for name, descriptor, regions in self._files:
-                self._hashes[name] = self._follow(name, descriptor, regions)
-                if self._stopped:
-                    return
-        except OSError as error:
-            self._error = error
+        for name, descriptor, regions in self._files:
+            try:
+                self._hashes[name] = self._follow(descriptor, regions)
+            except OSError as error:
+                reason = error.strerror or error
+                self._error = MachineError(f"{name}: cannot be read back ({reason}); check the disk of the output")
+                return
+            if self._stopped:
+                return
 
-    def _follow(self, name: str, descriptor: int, regions: list[tuple[str, int, int]]) -> tuple[str, list[str]]:
+    def _follow(self, descriptor: int, regions: list[tuple[str, int, int]]) -> tuple[str, list[str]]:
         digest, at, begun, marks = hashlib.sha256(), 0, 0, []
         buffer = memoryview(bytearray(_STEP))
         size = os.fstat(descriptor).st_size
@@ -83,7 +84,7 @@ class Follower:
             while at < end:
                 count = os.preadv(descriptor, [buffer[: end - at]], at)
                 if not count:
-                    raise OSError(errno.EIO, "became shorter", name)
+                    raise OSError(errno.EIO, "it became shorter")
                 digest.update(buffer[:count])
                 at += count
                 if at - begun >= _WRITE_BACK:
