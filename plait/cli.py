@@ -59,12 +59,13 @@ def init(method: Annotated[str, typer.Argument(help="Method the recipe is for.")
 @app.command()
 def check(recipe: Annotated[Path, typer.Argument(help="Recipe file.")], as_json: Json = False) -> None:
     """Check a recipe and the headers of its models, and say whether it can be merged."""
-    from plait import show
+    from plait import show_check
     from plait.plan import make_plan
     from plait.recipe import load_recipe
+    from plait.show_merge import emit
 
     plan = make_plan(load_recipe(recipe))
-    show.emit(show.check_data(plan), as_json, lambda: show.check_text(plan))
+    emit(show_check.check_data(plan), as_json, lambda: show_check.check_text(plan))
 
 
 @app.command()

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from plait.methods.contract import MergeMethod, Parameter
 from plait.plan import Plan
+from plait.show_check import check_data, models_text, notes_text
 from plait.show_merge import emit as emit
 from plait.units import show_bytes, show_seconds
 
@@ -38,29 +39,6 @@ def console() -> Console:
     """Standard output, wide enough for paths when it is not a terminal."""
     made = Console(highlight=False)
     return made if made.is_terminal else Console(highlight=False, width=140)
-
-
-def check_data(plan: Plan) -> dict[str, Any]:
-    """Summary of a plan that holds."""
-    return {
-        "ok": not plan.refused,
-        "method": plan.method.name,
-        "base": plan.base.label if plan.base else None,
-        "models": {model.name: {"from": model.label, "names": model.alignment.describe()} for model in plan.models},
-        "merged": len(plan.merged),
-        "copied": len(plan.tensors) - len(plan.merged),
-        "per_task": {task: [item.stored for item in items] for task, items in plan.heads.items()},
-        "notes": plan.notes,
-    }
-
-
-def check_text(plan: Plan) -> None:
-    """A few lines: what fits, and what to know."""
-    out = console()
-    out.print(f"[bold green]ok[/]  {plan.method.name}: {len(plan.merged)} tensors merged, "
-              f"{len(plan.tensors) - len(plan.merged)} copied")  # fmt: skip
-    _models_table(plan, out)
-    _notes(plan.notes, out)
 
 
 def estimate_seconds(plan: Plan, budget: Budget) -> float:
@@ -108,7 +86,7 @@ def plan_text(plan: Plan, budget: Budget, *, every: bool) -> None:
     """Tables of models and tensors, then bytes, memory and time."""
     out = console()
     data = plan_data(plan, budget)
-    _models_table(plan, out)
+    models_text(plan)
     table = Table("tensor", "count", "shape", "what", "why", "parameters", box=None, header_style="bold")
     table.columns[0].overflow = "fold"
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
@@ -134,7 +112,7 @@ def plan_text(plan: Plan, budget: Budget, *, every: bool) -> None:
         f"{show_bytes(_INTERPRETER_BYTES)} for Python and torch; about {show_seconds(data['seconds_estimate'])} on "
         f"{budget.threads} thread(s) with a warm cache{_cold(plan)}"
     )
-    _notes(plan.notes, out)
+    notes_text(plan.notes)
 
 
 def methods_data(methods: Mapping[str, MergeMethod]) -> list[dict[str, Any]]:
@@ -226,17 +204,6 @@ def inspect_text(data: dict[str, Any], *, every: bool) -> None:
     out.print(table)
 
 
-def _models_table(plan: Plan, out: Console) -> None:
-    table = Table("model", "from", "names", box=None, header_style="bold")
-    if plan.base is not None:
-        table.add_row("base", escape(plan.base.label), f"{len(plan.base.specs())} tensors")
-    for model in plan.models:
-        names = model.alignment.describe() if not model.updates else f"adapter: {len(model.updates)} updated tensors"
-        table.add_row(model.name, escape(model.label), escape(names))
-    out.print(table)
-    out.print()
-
-
 def _brief(members: list[dict[str, Any]], method: MergeMethod) -> str:
     """Parameters that are not the method's defaults, `first → last` where they change over a group of tensors."""
     parts = []
@@ -253,8 +220,3 @@ def _value_text(value: Any) -> str:
         texts = [_value_text(item) for item in value]
         return texts[0] if len(set(texts)) == 1 else "(" + ", ".join(texts) + ")"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _notes(notes: list[str], out: Console) -> None:
-    for note in notes:
-        out.print(f"note: {note}", markup=False)

@@ -51,7 +51,7 @@ ORDER = [
     "learn.coefficients", "learn.concrete", "learn.statistics", "learn.regmean", "learn.surgery", "learn.learners",
     "learn.fit", "learn",
     "sidefiles", "headfiles", "card", "run", "verify", "leftovers",
-    "inspect", "progress", "show_merge", "show", "show_state", "show_upkeep", "templates",
+    "inspect", "progress", "show_merge", "show_check", "show", "show_state", "show_upkeep", "templates",
     "suites.bases", "suites.train", "suites.train_lora", "suites.language", "suites.builtin", "suites.build", "suites",
     "evaluate.results", "evaluate.cache", "evaluate.clock", "evaluate.metrics", "evaluate.corrupt", "evaluate.subjects",
     "evaluate.routed",
