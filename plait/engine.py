@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from plait.ahead import ReadAhead
 from plait.decide import TensorPlan
 from plait.dtypes import itemsize, to_torch
 from plait.errors import CheckpointError, MachineError
@@ -128,6 +129,7 @@ class Engine:
         results: dict[int, R] = {}
 
         def run(index: int) -> None:
+            ahead.begun()
             if self._stop.is_set():
                 return
             try:
@@ -137,7 +139,7 @@ class Engine:
                 self._stop.set()
                 raise
 
-        with workers(self.threads) as pool:
+        with ReadAhead([tensors[index] for index in order]) as ahead, workers(self.threads) as pool:
             futures = [pool.submit(run, index) for index in order]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)

@@ -41,7 +41,7 @@ ORDER = [
     "sources.base", "sources.files", "sources.folder", "sources.adapter_config", "sources.adapter_keys", "sources.hub",
     "sources.safetensors", "sources.torchfile", "sources.adapter", "sources.remapped", "sources",
     "follow", "writer", "statefacts", "state", "tokens", "names", "layers", "renames", "experts", "vocabulary",
-    "layout", "decide", "plan", "nonfinite", "engine", "engine_ray",
+    "layout", "decide", "plan", "nonfinite", "ahead", "engine", "engine_ray",
     "suites.definition", "suites.places", "suites.data",
     "models.families", "models.quiet", "models.configs",
     "routing.packing", "routing.stores", "routing.mixing", "routing.layers", "routing.routers", "routing.layout",

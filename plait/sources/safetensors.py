@@ -94,6 +94,15 @@ class SafetensorsSource:
         width, begin = itemsize(spec.dtype), shard.offsets[name]
         return files.read_bytes(shard.descriptor, begin + start * width, (stop - start) * width, shard.path)
 
+    def soon(self, name: str, limit: int) -> None:
+        """Have the system bring the first `limit` bytes of a tensor into its page cache, unless they are there."""
+        shard, begin = self._places[name], self._places[name].offsets[name]
+        end = begin + min(self.specs[name].nbytes, limit)
+        if not self._finalizer.alive or end == begin:
+            return
+        if not (files.cached(shard.descriptor, begin) and files.cached(shard.descriptor, end - 1)):
+            files.bring(shard.descriptor, begin, end)
+
     def _place(self, name: str, start: int, stop: int) -> tuple[TensorSpec, Shard]:
         if name not in self.specs:
             raise files.no_such_tensor(name, self.label, self.specs)

@@ -219,12 +219,12 @@ class TestReading:
         """Inputs are read while the output is read back for its hash: the file decides, for the order does not hold."""
         real, failed = os.preadv, []
 
-        def preadv(file: int, buffers: Any, at: int) -> int:
+        def preadv(file: int, buffers: Any, at: int, *flags: int) -> int:
             inside = Path(os.readlink(f"/proc/self/fd/{file}")).is_relative_to(tmp_path / "in")
             if inside == (disk == "in") and at > 1000:
                 failed.append(file)
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return real(file, buffers, at)
+            return real(file, buffers, at, *flags)
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "preadv", preadv)
@@ -240,7 +240,7 @@ class TestReading:
         self, recipe: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         real = os.preadv
-        monkeypatch.setattr(os, "preadv", lambda file, buffers, at: real(file, [buffers[0][:1000]], at))
+        monkeypatch.setattr(os, "preadv", lambda file, buffers, at, *flags: real(file, [buffers[0][:1000]], at, *flags))
         plait.merge(recipe, tmp_path / "out")
         assert folder_hash(tmp_path / "out") == whole(recipe)
 
