@@ -36,8 +36,9 @@ from plait.engine import Engine
 from plait.evaluate.compare import machine
 from plait.learn.vectors import TaskVectors
 from plait.plan import Plan
-from plait.run import Silent, usable_threads
+from plait.stages import Silent
 from plait.suites.places import load_suite
+from plait.threads import usable_threads
 
 WAYS = ("ours", "sum", "product", "one")
 COLUMNS: tuple[str, ...] = (

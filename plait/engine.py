@@ -7,13 +7,12 @@ in any order.
 from __future__ import annotations
 
 import ctypes
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from plait.ahead import ReadAhead
 from plait.decide import TensorPlan
@@ -29,28 +28,14 @@ from plait.lazy import torch
 from plait.methods.block import Block, Reader, as_float
 from plait.methods.contract import MergeMethod
 from plait.methods.stream import GRAIN, Grid, Piece
-from plait.nonfinite import put_back, set_apart
+from plait.nonfinite import as_they_are, finite, put_back, set_apart
 from plait.sources.safetensors import SafetensorsSource
+from plait.stages import Progress
+from plait.surveyed import Surveyed
 from plait.threads import workers
 from plait.writer import FolderWriter
 
 R = TypeVar("R")
-
-
-class Progress(Protocol):
-    """Is told what has been done; may show it."""
-
-    def stage(self, name: str, total: int, unit: str = "bytes") -> None:
-        """A stage of `total` bytes begins, or of other units."""
-        ...
-
-    def advance(self, count: int) -> None:
-        """So many more of them are done."""
-        ...
-
-    def note(self, text: str) -> None:
-        """How the stage stands, in a few numbers."""
-        ...
 
 
 class Engine:
@@ -63,7 +48,7 @@ class Engine:
         self, *, threads: int, memory: int, device: str, progress: Progress, allow_nonfinite: bool = False
     ) -> None:
         self.threads, self.memory, self.progress = threads, memory, progress
-        self.check = _as_they_are if allow_nonfinite else finite
+        self.check = as_they_are if allow_nonfinite else finite
         self.allow_nonfinite = allow_nonfinite
         self.device = device
         if device != "cpu":
@@ -80,7 +65,7 @@ class Engine:
         if method.survey is None or not tensors:
             return None
         self._find_loops(tensors)
-        return method.survey(_Surveyed(self, tensors, seed))
+        return method.survey(Surveyed(self, tensors, seed))
 
     def merge(
         self, method: MergeMethod, tensors: list[TensorPlan], seed: int, state: Any, writer: FolderWriter,
@@ -292,57 +277,6 @@ class _StoppedError(Exception):
     """Raised inside jobs when another job has failed."""
 
 
-class _Surveyed:
-    """What a survey is given: every merged tensor once (tied twins share a key), in sorted order of names."""
-
-    def __init__(self, engine: Engine, tensors: list[TensorPlan], seed: int) -> None:
-        self.engine, self.seed = engine, seed
-        by_key = {tensor.key: tensor for tensor in tensors}
-        self.tensors = [by_key[key] for key in sorted(by_key)]
-        self.params: Mapping[str, Mapping[str, Any]] = {tensor.key: tensor.keywords for tensor in self.tensors}
-        self.passes = 0
-
-    @property
-    def numel(self) -> int:
-        """Entries of all tensors."""
-        return sum(tensor.spec.numel for tensor in self.tensors)
-
-    @property
-    def memory(self) -> int:
-        """Bytes of the budget."""
-        return self.engine.memory
-
-    def each(self, fn: Callable[[Block], R]) -> dict[str, R]:
-        """fn of every block, on the engine's threads."""
-        self.passes += 1
-        self.engine.progress.stage(f"survey {self.passes}", sum(tensor.bytes_in for tensor in self.tensors))
-
-        def job(tensor: TensorPlan) -> R:
-            result = fn(self.engine.block(tensor, self.seed))
-            self.engine.progress.advance(tensor.bytes_in)
-            return result
-
-        results = self.engine.each(self.tensors, job)
-        return {tensor.key: result for tensor, result in zip(self.tensors, results, strict=True)}
-
-    def total(self, fn: Callable[[Block], torch.Tensor]) -> torch.Tensor:
-        """Sum of fn over the blocks that have entries, added up as they come: whole numbers do not mind the order."""
-        lock, held = threading.Lock(), []
-
-        def add(block: Block) -> None:
-            if not block.grid.numel:
-                return
-            part = fn(block).cpu()
-            with lock:
-                if held:
-                    held[0] += part
-                else:
-                    held.append(part.clone())
-
-        self.each(add)
-        return held[0] if held else torch.zeros(())
-
-
 def keep_freed_memory() -> None:
     """Tell the C library not to hand every freed buffer back: pieces are allocated and freed without end.
 
@@ -360,28 +294,6 @@ def stored(item: Input) -> Stored | None:
     if item.update is not None or item.dtype not in CODES or not isinstance(item.source, SafetensorsSource):
         return None
     return Stored(CODES[item.dtype], itemsize(item.dtype), item.source.filler(item.stored))
-
-
-def _as_they_are(values: torch.Tensor, *_: Any) -> torch.Tensor:
-    return values
-
-
-def finite(values: torch.Tensor, item: Input, tensor: TensorPlan, piece: Piece) -> torch.Tensor:
-    """The values, or a CheckpointError that names the first one that is not a finite number."""
-    if values.numel():
-        low, high = torch.aminmax(values)  # either is NaN where any entry is
-        if not (math.isfinite(float(low)) and math.isfinite(float(high))):
-            at = int(torch.nonzero(~torch.isfinite(values))[0, 0]) + piece.start
-            place = []
-            for size in reversed(tensor.shape):
-                place.append(at % size)
-                at //= size
-            kind = "NaN" if torch.isnan(values).any() else "an infinity"
-            raise CheckpointError(
-                f"{item.source.label}: tensor '{item.stored}' holds {kind} at {place[::-1]}; this checkpoint is "
-                f"broken: get it again, or take the base's with keep: {{base: [{tensor.name}]}}"
-            )
-    return values
 
 
 def _bytes(values: torch.Tensor) -> memoryview:

@@ -20,15 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plait.decide import TensorPlan
-from plait.engine import Engine, Progress, keep_freed_memory
+from plait.engine import Engine, keep_freed_memory
 from plait.errors import MachineError, PlaitError, RecipeError
 from plait.kernels.native import loops
 from plait.methods.contract import MergeMethod
 from plait.plan import Plan, make_plan
 from plait.recipe import Recipe
+from plait.shards import ShardFile
+from plait.stages import Progress
 from plait.state import load_state
 from plait.units import show_bytes
-from plait.writer import FolderWriter, ShardFile
+from plait.writer import FolderWriter
 
 if TYPE_CHECKING:
     from plait.state import State

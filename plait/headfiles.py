@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 from plait.decide import TensorPlan
-from plait.engine import finite
 from plait.experts import Input
 from plait.lazy import torch
+from plait.nonfinite import finite
 from plait.plan import Plan
+from plait.shards import small_file
 from plait.sources.base import TensorSpec
 from plait.state import State
-from plait.writer import small_file
 
 
 def head_files(plan: Plan, learned: State | None, allow_nonfinite: bool = False) -> dict[str, bytes]:

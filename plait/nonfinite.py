@@ -1,14 +1,20 @@
-"""Entries that are no finite numbers, where they are to be passed through (`--allow-nonfinite`) and not refused.
+"""Entries that are no finite numbers: refused, or passed through (`--allow-nonfinite`).
 
-They are taken out before anything is computed and put back into the result: at a place where any input has one, every
-input reads as zero, so that no sum, norm or threshold sees it, and the merged entry there is the sum of what was taken
-out (NaN, or an infinity where all agree on its sign). So the result is non-finite exactly where an input is.
+To pass them through they are taken out before anything is computed and put back into the result: at a place where any
+input has one, every input reads as zero, so that no sum, norm or threshold sees it, and the merged entry there is the
+sum of what was taken out (NaN, or an infinity where all agree on its sign). So the result is non-finite exactly where
+an input is.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
+from plait.decide import TensorPlan
+from plait.errors import CheckpointError
+from plait.experts import Input
 from plait.lazy import torch
 from plait.methods.block import Block, Reader
 from plait.methods.stream import Piece
@@ -66,3 +72,26 @@ def sentences(counts: dict[str, int]) -> list[str]:
         f"'{name}': {found} entries are no finite numbers in some input, and none in the result"
         for name, found in sorted(counts.items())
     ]
+
+
+def as_they_are(values: torch.Tensor, *_: Any) -> torch.Tensor:
+    """The values, whatever they are."""
+    return values
+
+
+def finite(values: torch.Tensor, item: Input, tensor: TensorPlan, piece: Piece) -> torch.Tensor:
+    """The values, or a CheckpointError that names the first one that is not a finite number."""
+    if values.numel():
+        low, high = torch.aminmax(values)  # either is NaN where any entry is
+        if not (math.isfinite(float(low)) and math.isfinite(float(high))):
+            at = int(torch.nonzero(~torch.isfinite(values))[0, 0]) + piece.start
+            place = []
+            for size in reversed(tensor.shape):
+                place.append(at % size)
+                at //= size
+            kind = "NaN" if torch.isnan(values).any() else "an infinity"
+            raise CheckpointError(
+                f"{item.source.label}: tensor '{item.stored}' holds {kind} at {place[::-1]}; this checkpoint is "
+                f"broken: get it again, or take the base's with keep: {{base: [{tensor.name}]}}"
+            )
+    return values

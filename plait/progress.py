@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from plait.engine import Progress
-from plait.run import Silent
+from plait.stages import Progress, Silent
 from plait.units import show_bytes, show_seconds
 
 if TYPE_CHECKING:

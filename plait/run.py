@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -18,21 +17,21 @@ from plait import atomic
 from plait.card import model_card
 from plait.decide import TensorPlan
 from plait.digests import sealed
-from plait.engine import Engine, Progress
+from plait.engine import Engine
 from plait.errors import CheckpointError, MachineError, RecipeError
 from plait.headfiles import head_files
 from plait.lazy import torch
 from plait.nonfinite import count, sentences
 from plait.plan import Plan, make_plan
 from plait.recipe import Recipe, load_recipe
+from plait.record import inputs_of, provenance
+from plait.shards import ShardFile, index_of, lay_out
 from plait.sidefiles import side_files
+from plait.stages import Progress, Silent
 from plait.state import FACTS, NUMBERS, State, check_fits, load_state
 from plait.threads import usable_threads
 from plait.units import parse_bytes, show_bytes
-from plait.writer import FolderWriter, ShardFile, index_of, lay_out
-
-FORMAT = 1
-"""Version of plait.json."""
+from plait.writer import FolderWriter
 
 
 @dataclass(frozen=True)
@@ -47,19 +46,6 @@ class Merged:
     """Tensors that an interrupted run had already finished."""
     notes: tuple[str, ...] = ()
     """What the plan said that is worth knowing, and what only the merge could tell."""
-
-
-class Silent:
-    """Shows nothing."""
-
-    def stage(self, name: str, total: int, unit: str = "bytes") -> None:
-        """A stage begins."""
-
-    def advance(self, count: int) -> None:
-        """So many more of them are done."""
-
-    def note(self, text: str) -> None:
-        """How the stage stands."""
 
 
 def merge(
@@ -331,51 +317,6 @@ def refuse_impossible(plan: Plan, out: Path, memory: int) -> None:
             f"--memory {show_bytes(memory)} is too little: {plan.method.name} needs whole rows, or all, of '{name}', "
             f"so at least --memory {-(-need // 10**6)}MB"
         )
-
-
-def inputs_of(plan: Plan) -> dict[str, Any]:
-    """What went in: of every model the hashes of its headers, and of samples of its data."""
-    return {
-        model.label: {"fingerprint": model.source.fingerprint(), "headers": model.source.header_hashes()}
-        for model in plan.opened()
-    }
-
-
-def provenance(
-    plan: Plan,
-    inputs: Mapping[str, Any],
-    hashes: Mapping[str, str],
-    learned: State | None = None,
-    told: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """plait.json: what was asked, what went in, what came out. The same for the same recipe and inputs, always."""
-    return {
-        "format": FORMAT,
-        "plait": version("plait"),
-        "torch": version("torch"),
-        "python": platform.python_version(),
-        "method": plan.method.name,
-        "paper": plan.method.paper,
-        "recipe": plan.recipe.canonical(),
-        "seed": plan.recipe.seed,
-        "inputs": inputs,
-        "outputs": dict(hashes),
-        **({"learned": _learned(learned)} if learned is not None else {}),
-        **({"survey": told} if told else {}),
-        "tensors": {
-            "merged": len(plan.merged),
-            "copied": {t.name: t.reason for t in plan.tensors if t.action == "copy"},
-            "per_task": {task: [item.stored for item in items] for task, items in sorted(plan.heads.items())},
-        },
-        "notes": sorted(plan.notes),
-    }
-
-
-def _learned(state: State) -> dict[str, Any]:
-    """A state in provenance: what it is, from what, and how its fit ended."""
-    facts = state.facts
-    content = hashlib.sha256((state.folder / NUMBERS).read_bytes()).hexdigest()
-    return {"numbers": content, **{key: facts[key] for key in ("fit", "objective", "split", "data", "summary")}}
 
 
 def _resume_key(plan: Plan, shards: list[ShardFile], learned: State | None = None) -> str:

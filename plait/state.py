@@ -19,9 +19,9 @@ from plait.lazy import torch
 from plait.methods.block import Block
 from plait.methods.granules import granule_of
 from plait.methods.stream import Stream
+from plait.shards import small_file
 from plait.sources.files import read_object
 from plait.sources.safetensors import SafetensorsSource
-from plait.writer import small_file
 
 SCHEMA = "plait.state/1"
 FACTS, NUMBERS, TIMING = "state.json", "state.safetensors", "timing.json"

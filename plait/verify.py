@@ -13,12 +13,12 @@ from typing import Any
 
 from plait import atomic, run
 from plait.digests import is_sealed, marked_digest
-from plait.engine import Progress
 from plait.errors import CheckpointError, MachineError
 from plait.plan import make_plan
 from plait.recipe import load_recipe
 from plait.sources.files import read_object
 from plait.sources.safetensors import open_shard
+from plait.stages import Progress
 from plait.state import FACTS, NUMBERS
 
 RECORD = "plait.json"

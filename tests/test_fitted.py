@@ -35,7 +35,7 @@ from plait.models.heads import head_of, read_head
 from plait.models.net import Batch
 from plait.plan import make_plan
 from plait.recipe import load_recipe
-from plait.run import Silent
+from plait.stages import Silent
 from plait.state import load_state
 from plait.suites.data import load_split
 from plait.suites.definition import Suite, read_suite

@@ -18,7 +18,7 @@ import plait
 from plait.engine import Engine
 from plait.errors import RecipeError
 from plait.inspect import inspect_plan
-from plait.run import Silent
+from plait.stages import Silent
 
 
 def look(data: dict[str, Any], threads: int = 1) -> dict[str, Any]:

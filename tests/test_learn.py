@@ -31,7 +31,7 @@ from plait.learn.vectors import TaskVectors
 from plait.methods.granules import granule_of
 from plait.plan import make_plan
 from plait.recipe import load_recipe
-from plait.run import Silent
+from plait.stages import Silent
 from plait.state import load_state, quantised, write_state
 
 mini = mini_suite.mini

@@ -30,7 +30,7 @@ from plait.report.granules import in_depth
 from plait.report.inspected import by_depth, read_inspection
 from plait.report.marks import swatch
 from plait.report.text import embedded_json, percent, plot_text, points
-from plait.run import Silent
+from plait.stages import Silent
 
 Result = Evaluation | Comparison | Sweep
 TASKS = ["digits", "letters", "flowers", "birds", "cars", "signs", "maps", "rocks"]

@@ -23,7 +23,7 @@ from plait.routing.build import prepare, write_folder
 from plait.routing.packing import bits_of, flags_of, pack, unpack
 from plait.routing.routers import of_top
 from plait.routing.stores import Store
-from plait.run import Silent
+from plait.stages import Silent
 
 FAMILIES: dict[str, Callable[..., Path]] = {
     "llama": pico.make_llama, "bert": pico.make_bert, "vit": pico.make_vit, "clip": pico.make_clip_vision,

@@ -258,7 +258,8 @@ def test_two_runs_do_not_write_one_folder(llama: dict[str, Path], tmp_path: Path
     from plait.plan import make_plan
     from plait.recipe import load_recipe
     from plait.run import _resume_key
-    from plait.writer import FolderWriter, lay_out
+    from plait.shards import lay_out
+    from plait.writer import FolderWriter
 
     plan = make_plan(load_recipe(data))
     shards = lay_out([t.spec for t in plan.tensors], 5 * 10**9, {"format": "pt"})

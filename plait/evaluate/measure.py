@@ -36,7 +36,7 @@ from plait.evaluate.unseen import check_unseen, refuse_merged
 from plait.models.answers import AnswerNet
 from plait.models.net import Net, Sample
 from plait.models.outfit import question
-from plait.run import Silent
+from plait.stages import Silent
 from plait.suites.data import Split, check_disjoint, load_split
 from plait.suites.definition import Suite
 

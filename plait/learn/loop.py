@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from plait import atomic
-from plait.engine import Progress
 from plait.errors import MachineError, RecipeError
 from plait.learn.bench import Workbench
 from plait.learn.guard import Guard, Reading, mean_of
+from plait.stages import Progress
 
 _SAVE_SECONDS = 20.0
 

@@ -25,10 +25,11 @@ from plait.routing.layout import WEIGHTS, Layout, dumped
 from plait.routing.model import ROUTERS, router_shapes
 from plait.routing.skeleton import memory_names, skeleton
 from plait.routing.stores import Store
+from plait.shards import ShardFile, lay_out
 from plait.sources.base import TensorSpec
 from plait.state import State, load_state
 from plait.units import show_bytes
-from plait.writer import FolderWriter, ShardFile, lay_out
+from plait.writer import FolderWriter
 
 STATE_PREFIX = "router/"
 

@@ -20,10 +20,10 @@ from plait.routing.layout import WEIGHTS, Layout, dumped
 from plait.routing.model import ROUTERS, Tasks, make_routed, routed_layers
 from plait.routing.packing import FLOATS
 from plait.routing.skeleton import config_of, skeleton, transformers_class
+from plait.shards import small_file
 from plait.sources import open_source
 from plait.sources.files import read_config
 from plait.sources.safetensors import SafetensorsSource
-from plait.writer import small_file
 
 
 def from_pretrained(

@@ -17,12 +17,13 @@ import yaml
 
 import plait
 from plait.errors import MachineError, RecipeError, nearest
-from plait.run import Silent, usable_threads
+from plait.stages import Silent
 from plait.suites.builtin import RECIPES, How, Recipe
 from plait.suites.definition import SPLITS
 from plait.suites.places import suite_folder
 from plait.suites.train import make_expert
 from plait.suites.train_lora import LoraSettings, make_adapter
+from plait.threads import usable_threads
 
 _told: Any = None
 

@@ -24,9 +24,9 @@ from plait.errors import CheckpointError
 from plait.models.heads import Head
 from plait.models.net import Net, Sample, load_net
 from plait.models.quiet import quiet
+from plait.shards import shard
 from plait.sources import TensorSpec
 from plait.suites.data import Split
-from plait.writer import shard
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from plait import atomic
 from plait.errors import CheckpointError, MachineError, RecipeError
 from plait.plan import make_plan
 from plait.recipe import load_recipe
-from plait.run import Silent, run
+from plait.run import run
 from plait.sources.safetensors import SafetensorsSource
+from plait.stages import Silent
 from plait.state import write_state
 
 

@@ -25,6 +25,7 @@ from plait.plan import fit_options
 from plait.recipe import load_recipe
 from plait.routing.layout import Layout, is_switched
 from plait.settings import Resolver
+from plait.shards import lay_out, small_file
 from plait.show_state import state_data
 from plait.sources import files
 from plait.sources.adapter_config import AdapterConfig
@@ -32,7 +33,7 @@ from plait.sources.adapter_keys import check_factors, sort_keys
 from plait.sources.safetensors import SafetensorsSource
 from plait.state import FACTS, NUMBERS, check_fits, load_state
 from plait.suites.definition import read_suite
-from plait.writer import JOURNAL, FolderWriter, lay_out, small_file
+from plait.writer import JOURNAL, FolderWriter
 
 SLOW = 2.0
 _MEMORY = Path("/dev/shm")

@@ -10,7 +10,7 @@ import torch
 
 from hostile.checkpoints import entry, safetensors_bytes, write_index, write_shard
 from hostile.corpus import HARMLESS, MERGE, World, add, case, change_json
-from plait.writer import small_file
+from plait.shards import small_file
 
 CHECK, PLAN = "check {here}/recipe.yaml", "plan {here}/recipe.yaml"
 RUN = "merge --quiet {here}/recipe.yaml {out}"
