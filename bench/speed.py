@@ -3,12 +3,13 @@
     python bench/speed.py                                    478 M parameters in bfloat16, a base and four experts
     python bench/speed.py --size 1.5B --methods linear ties  other sizes, some methods
     python bench/speed.py --mergekit linear ties             run mergekit too, for these methods (minutes each)
+    python bench/speed.py --cold                             the files from the disk, floor and merge alike
 
 `linear` is also run beside the least code that does it at speed (bench/prototype.py).
 
 Every run of Plait follows a run of the floor (bench/floor.py: each input byte read once, the output written once), and
-its time is given as a multiple of that one; the page cache is warm. Medians over --rounds, and all runs to
-bench/results/speed-SIZE.csv. mergekit gets one run a method, in an environment of its own.
+its time is given as a multiple of that one; the page cache is warm, unless --cold. Medians over --rounds, and all runs
+to bench/results/speed-SIZE.csv. mergekit gets one run a method, in an environment of its own.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from large import build_large, parse_count, warm
+from large import build_large, cool, parse_count, warm
 from processes import ROOT, Run, mergekit_python, run, run_mergekit, run_plait, short
 
 from plait.evaluate.compare import machine
@@ -61,7 +63,7 @@ def recipe(name: str, models: dict[str, Path]) -> dict[str, Any]:
     return result
 
 
-def floor(files: list[str], size: int, out: Path) -> tuple[float, float]:
+def floor(files: list[str], size: int, out: Path, before: Callable[[], None]) -> tuple[float, float]:
     """The second of two runs of the floor, each in a process of its own.
 
     The first leaves free pages that the second, and the merge after it, need not ask a virtual machine's host for.
@@ -69,6 +71,7 @@ def floor(files: list[str], size: int, out: Path) -> tuple[float, float]:
     command = [sys.executable, str(ROOT / "bench" / "floor.py"), str(out), str(size), *files]
     text = ""
     for _ in range(2):
+        before()
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         out.unlink()
     wall, cpu = map(float, text.split())
@@ -84,6 +87,7 @@ def main() -> int:
     parser.add_argument("--mergekit-python", help="interpreter of an environment that has mergekit")
     parser.add_argument("--cache", help="where to make that environment when none is named (default: ~/.cache/plait)")
     parser.add_argument("--pip-option", action="append", default=[])
+    parser.add_argument("--cold", action="store_true", help="the page cache forgets the files before every run")
     parser.add_argument("--plait-option", action="append", default=[])
     parser.add_argument("--work", type=Path, help="folder for checkpoints and outputs, kept (default: a temporary one)")
     given = parser.parse_args()
@@ -102,12 +106,18 @@ def main() -> int:
     for method in given.methods:
         (work / f"{method}.yaml").write_text(yaml.safe_dump(recipe(method, models), sort_keys=False))
     warm(models)
+
+    def before() -> None:
+        if given.cold:
+            cool(models)
+
     out = work / "out"
     options, peaks = ["--quiet", *given.plait_option], {}
     for turn in range(-2, given.rounds):
         for method in given.methods:
             shutil.rmtree(out, ignore_errors=True)  # no part of a merge, as it is none of the floor
-            below, cpu = floor(files, size, work / "floor.bin")
+            below, cpu = floor(files, size, work / "floor.bin", before)
+            before()
             # The first round warms the caches and compiles the loops; memory is watched in the second, which takes time
             # from a merge that uses all processors, and times are of the others.
             done = run_plait(work / f"{method}.yaml", out, options, sample=turn == -1)
@@ -121,6 +131,7 @@ def main() -> int:
                 note("plait", method, replace(done, anonymous=peaks[method]), below)
             if method == "linear":
                 shutil.rmtree(out, ignore_errors=True)
+                before()
                 least = run(
                     [sys.executable, str(ROOT / "bench" / "prototype.py"), str(out), *map(str, models.values())]
                 )
@@ -128,6 +139,7 @@ def main() -> int:
                     note("prototype", method, least, below)
     for method in given.mergekit:
         shutil.rmtree(out, ignore_errors=True)
+        before()
         done = run_mergekit(mergekit_python(given), work / f"{method}.yaml", out, sample=True)
         if done.ok:
             note("mergekit", method, done, None)
@@ -135,7 +147,7 @@ def main() -> int:
             print(f"mergekit {method}: {short(done.output)}", file=sys.stderr)
     shutil.rmtree(out, ignore_errors=True)
     table(lines, given.methods)
-    path = ROOT / "bench" / "results" / f"speed-{given.size}.csv"
+    path = ROOT / "bench" / "results" / f"speed-{given.size}{'-cold' * given.cold}.csv"
     with open(path, "w", encoding="utf-8", newline="") as file:
         file.write(f"# {machine()}; {datetime.date.today()}\n")
         writer = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
