@@ -2,7 +2,7 @@
 
 W = W0 + a·S with S = Σ_k λ_k τ_k, a = m/mean(m), m = σ((logit u + x)/T). With G = ∂L/∂W:
 ∂L/∂a = G·S,  ∂L/∂m = (∂L/∂a − ⟨∂L/∂a, m⟩/(n·mean(m)))/mean(m),  ∂L/∂x = ∂L/∂m · m(1 − m)/T,  ∂L/∂λ_k = ⟨G·a, τ_k⟩.
-What is held is a few copies of the model (x, Adam's two moments, m), however many experts there are.
+What is held is a few copies of the model (x, Adam's two moments, m, and S where λ is fixed), however many experts.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ class ConcreteTaskArithmetic:
     def __init__(self, bench: Workbench, vectors: TaskVectors, options: MaskFit, loss: Loss, seed: int) -> None:
         self.bench, self.vectors, self.options, self.loss = bench, vectors, options, loss
         self.mask = Mask(bench, vectors, options, seed)
-        self._weights = torch.full((len(vectors.tasks),), options.init)
+        weights = torch.full((len(vectors.tasks),), options.init)
+        self._sums = {name: total(vectors, name, weights, bench.net.device) for name in self.mask.names}
+        """S of every tensor. It never changes, so a step costs the same however many experts there are."""
 
     def step(self, index: int) -> dict[str, float]:
         """A fresh draw, one batch, one step of Adam on the logits."""
@@ -103,10 +105,10 @@ class ConcreteTaskArithmetic:
         return terms
 
     def _merged(self, name: str) -> Tensor:
-        return combine(self.bench, self.vectors, name, self._weights, self.mask.share(name))
+        return self.mask.share(name).mul_(self._sums[name]).add_(self.vectors.base(name).to(self.bench.net.device))
 
     def _collect(self, name: str, gradient: Tensor) -> None:
-        self.mask.pull(name, gradient, total(self.vectors, name, self._weights, gradient))
+        self.mask.pull(name, gradient, self._sums[name])
 
     def values(self) -> dict[str, Tensor]:
         """The logits."""
@@ -161,7 +163,7 @@ class ConcreteAdaMerging:
         return terms
 
     def _collect(self, name: str, gradient: Tensor) -> None:
-        self.mask.pull(name, gradient, total(self.vectors, name, self.inner.of(name), gradient))
+        self.mask.pull(name, gradient, total(self.vectors, name, self.inner.of(name), gradient.device))
 
     def values(self) -> dict[str, Tensor]:
         """Logits and coefficients."""
@@ -188,6 +190,6 @@ class ConcreteAdaMerging:
         return {**self.mask.facts(), **self.inner.facts()}
 
 
-def total(vectors: TaskVectors, name: str, weights: Tensor, like: Tensor) -> Tensor:
+def total(vectors: TaskVectors, name: str, weights: Tensor, device: torch.device) -> Tensor:
     """S = Σ_k w_k v_k, [n]."""
-    return weights.to(like.device) @ vectors.rows(name).to(like.device)
+    return weights.to(device) @ vectors.rows(name).to(device)
