@@ -23,7 +23,7 @@ from plait.kernels import once
 from plait.kernels.fused import Raw, Stored
 from plait.kernels.job import CODES
 from plait.kernels.native import Loops, loops
-from plait.kernels.worker import Worker
+from plait.kernels.worker import Worker, too_large
 from plait.lazy import torch
 from plait.methods.block import Block, Reader, as_float
 from plait.methods.contract import MergeMethod
@@ -188,9 +188,7 @@ class Engine:
         for piece in tensor.grid:
             values = merged(piece).to(dtype)
             if tensor.dtype == "F16" and not torch.isfinite(values).all():
-                raise MachineError(
-                    f"'{tensor.name}': merged values exceed float16 (65504); set out_dtype: bfloat16 or float32"
-                )
+                raise too_large(tensor.name)
             if block.lost is not None:
                 values = put_back(values, block.lost(piece))
             writer.write(name, piece.start * width, _bytes(values))

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import plait
-from plait.errors import CheckpointError
+from plait.errors import CheckpointError, MachineError
 from plait.kernels import native, selection
 from plait.kernels.worker import Worker
 from plait.methods import draws
@@ -57,7 +57,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and three experts in bfloat16 and float32: zeros, equal magnitudes, −0, a tensor that did not change."""
+    """A base and three experts in three types: zeros, equal magnitudes, −0, a tensor that did not change."""
     root, noise = tmp_path_factory.mktemp("models"), torch.Generator().manual_seed(0)
     base = {name: torch.randn(shape, generator=noise) * 0.02 for name, shape in SHAPES.items()}
     for name in ("base", "a", "b", "c"):
@@ -70,7 +70,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tensors[key] = value + moved if name != "base" and key != "same.weight" else value.clone()
         tensors["norm.weight"][:10] = 0.0
         tensors["norm.weight"][5:8] = -0.0
-        for kind in (torch.bfloat16, torch.float32):
+        for kind in (torch.bfloat16, torch.float16, torch.float32):
             folder = root / str(kind).removeprefix("torch.") / name
             folder.mkdir(parents=True)
             save_file({key: value.to(kind) for key, value in tensors.items()}, folder / "model.safetensors")
@@ -94,7 +94,9 @@ def digest(out: Path) -> str:
     return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize(("kind", "out_dtype"), [("bfloat16", None), ("bfloat16", "float32"), ("float32", None)])
+@pytest.mark.parametrize(
+    ("kind", "out_dtype"), [("bfloat16", None), ("bfloat16", "float32"), ("float32", None), ("float16", None)]
+)
 @pytest.mark.parametrize(("method", "parameters"), CASES, ids=lambda value: value if isinstance(value, str) else "")
 def test_the_same_bytes_with_and_without(
     method: str, parameters: dict[str, Any], kind: str, out_dtype: str | None, models: Path, tmp_path: Path,
@@ -132,6 +134,70 @@ def test_linear_is_a_float32_sum_rounded_once(models: Path, tmp_path: Path) -> N
         assert torch.equal(merged[name].view(torch.int16), want.view(torch.int16)), name
 
 
+def alone(folder: Path, values: torch.Tensor) -> Path:
+    """A model of one tensor."""
+    folder.mkdir()
+    save_file({"a": values}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def linear(folder: Path, values: torch.Tensor, out_dtype: str) -> torch.Tensor:
+    """One model, merged with itself by the loops, in another type."""
+    from safetensors.torch import load_file
+
+    asked = {"merge_method": "linear", "models": [{"model": str(alone(folder, values))}], "out_dtype": out_dtype}
+    merge, pieces = Worker.merge, []
+
+    def counted(self: Worker, *arguments: Any) -> memoryview:
+        pieces.append(arguments)
+        return merge(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Worker, "merge", counted)
+        plait.merge(asked, folder / "out")
+    assert pieces, "the loops were not used"
+    return load_file(folder / "out" / "model.safetensors")["a"]
+
+
+class TestHalf:
+    def test_every_number_is_widened(self, tmp_path: Path) -> None:
+        words = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+        numbers = words[torch.isfinite(words)]
+        assert len(numbers) == 2 * 31 * 1024
+        found = linear(tmp_path / "all", numbers, "float32")
+        assert torch.equal(found.view(torch.int32), numbers.float().view(torch.int32))
+
+    def test_rounding_is_to_nearest_even(self, tmp_path: Path) -> None:
+        numbers = torch.arange(0x7C00, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+        middle = (numbers[1:] + numbers[:-1]) / 2  # ties, of subnormal numbers too
+        near = [torch.nextafter(middle, torch.full_like(middle, way)) for way in (-1e30, 1e30)]
+        noise = torch.randint(0, 0x477FEFFF, (200_000,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+        edge = torch.tensor([65519.99, 2.0**-25, 2.0**-26, 1e-40, 0.0, 6.1e-5, 2.0**-14])
+        values = torch.cat([numbers, middle, *near, noise.view(torch.float32), edge])
+        values = torch.cat([values, -values])
+        found = linear(tmp_path / "near", values, "float16")
+        assert torch.equal(found.view(torch.int16), values.half().view(torch.int16))
+
+    @pytest.mark.parametrize("loops", [True, False])
+    @pytest.mark.parametrize("method", ["linear", "ties"])
+    def test_what_is_too_large_is_told(
+        self, loops: bool, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if not loops:
+            monkeypatch.setenv(native.OFF, "0")
+        values = torch.linspace(1, 40000, 300_000).half()
+        models = [str(alone(tmp_path / name, values + number)) for number, name in enumerate("abc")]
+        asked: dict[str, Any] = {"merge_method": method, "models": [{"model": one} for one in models[1:]]}
+        if method == "ties":
+            asked |= {"base_model": str(alone(tmp_path / "zero", torch.zeros_like(values)))}
+        asked["parameters"] = {"normalize": False, "weight": 0.9, **({"density": 0.5} if method == "ties" else {})}
+        with pytest.raises(MachineError, match=r"'a': merged values exceed float16 .* set out_dtype"):
+            plait.merge(asked, tmp_path / "out", threads=1)
+        assert not (tmp_path / "out").exists()
+        plait.merge({**asked, "out_dtype": "float32"}, tmp_path / "out", threads=1)
+
+
 def test_what_the_loops_do_not_know_is_left_out_on_purpose() -> None:
     static = {name for name, method in all_methods().items() if method.learned is None and method.dynamic is None}
     matrices = {"tsv_m", "iso_c", "iso_cts", "wudi", "knots"}
@@ -140,7 +206,7 @@ def test_what_the_loops_do_not_know_is_left_out_on_purpose() -> None:
     assert static - {method for method, _ in CASES} == matrices | geodesic | others
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32"])
 def test_a_number_that_is_not_finite_is_named(kind: str, models: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

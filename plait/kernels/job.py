@@ -5,11 +5,14 @@ A job is [HEAD + SIDE·K] integers (what the piece is, then what is said of each
 
 from __future__ import annotations
 
-F32, BF16 = 0, 1
-CODES = {"F32": F32, "BF16": BF16}
+F32, BF16, F16 = 0, 1, 2
+CODES = {"F32": F32, "BF16": BF16, "F16": F16}
 """Storage types that the loops read and write; others go the way of torch."""
-WIDTHS = {F32: 4, BF16: 2}
+WIDTHS = {F32: 4, BF16: 2, F16: 2}
 """Bytes of an entry."""
+
+NOT_FINITE, TOO_LARGE = 1, 2
+"""What is wrong with a piece, in the bits of what an entry returns: an input, or an output that float16 cannot hold."""
 
 MODELS, DELTAS = 0, 1
 """What is merged: weights, or task vectors."""

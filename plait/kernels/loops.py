@@ -24,7 +24,7 @@ from plait.kernels.stages import _add_up, _combine, _fold, _loaded, _put, _spars
 
 @cfunc(types.int64(*_POINTERS), nopython=True, error_model="numpy")
 def merge(job_pointer, numbers_pointer):
-    """One piece from the stored inputs to the written output; 1 where an input is not finite, else 0."""
+    """One piece from the stored inputs to the written output; NOT_FINITE, TOO_LARGE, or 0."""
     count = carray(job_pointer, (J.HEAD,))[J.EXPERTS]
     job = carray(job_pointer, (J.HEAD + J.SIDE * count,))
     numbers = carray(numbers_pointer, (3 * count + 4,))
@@ -40,7 +40,7 @@ def merge(job_pointer, numbers_pointer):
             broken |= _loaded(job, start, m, count, scratch)
             _sparsify(job, numbers, start, m, count, chunks, spare)
             _combine(job, numbers, m, count, chunks, spare)
-        _put(job, numbers, start, m, count, scratch, spare)
+        broken |= _put(job, numbers, start, m, count, scratch, spare)
     return broken
 
 

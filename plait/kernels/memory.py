@@ -16,6 +16,8 @@ from plait.kernels import job as J
 _POINTERS = (types.CPointer(types.int64), types.CPointer(types.float32))
 """What an entry is called with: the job, and its float32 numbers."""
 _EXPONENT, _MAGNITUDE = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF)
+_HALF_EXPONENT, _LEAST_HALF = np.uint32(0x7C00), np.uint32(0x38800000)
+"""Of float16: the exponent that says infinity or NaN; and, as float32, the least number that is no subnormal one."""
 
 
 @intrinsic
@@ -67,6 +69,17 @@ def _as_float(context, bits):
 
 
 @intrinsic
+def _as_bits(context, value):
+    """A float, read as 32 bits."""
+    del context
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
 def _lowest(context, word):
     """The place of the lowest bit that is set in a word that is not zero."""
     del context
@@ -91,6 +104,8 @@ def _widen(code, address, start, m, target):
             bits = np.uint32(np.uint32(short[i]) << np.uint32(16))
             out[i] = bits
             largest = max(largest, np.uint32(bits & _EXPONENT))
+    elif code == J.F16:
+        return _widen_half(address, start, m, target)
     else:
         long = _u32(address + 4 * start, m)
         for i in range(m):
@@ -101,8 +116,24 @@ def _widen(code, address, start, m, target):
 
 
 @njit(error_model="numpy")
+def _widen_half(address, start, m, target):
+    """The same of float16. Subnormal numbers are made from integers: no mode of the processor takes those for zero."""
+    half, out = _u16(address + 2 * start, m), _f32(target, m)
+    largest = np.uint32(0)
+    for i in range(m):
+        word = np.uint32(half[i])
+        size = np.uint32(word & np.uint32(0x7FFF))
+        small = np.float32(np.int32(size)) * np.float32(2.0**-24)
+        large = _as_float(np.uint32(np.uint32(size << np.uint32(13)) + np.uint32(0x38000000)))
+        number = small if size < np.uint32(0x400) else large
+        out[i] = -number if word > np.uint32(0x7FFF) else number
+        largest = max(largest, np.uint32(word & _HALF_EXPONENT))
+    return np.int64(largest == _HALF_EXPONENT)
+
+
+@njit(error_model="numpy")
 def _round(code, values, m, address, start):
-    """float32 to what is written: as it is, or bfloat16 to nearest even."""
+    """float32 to what is written: as it is, or to nearest even. TOO_LARGE where float16 cannot hold an entry."""
     bits = _u32(values, m)
     if code == J.BF16:
         out = _u16(address + 2 * start, m)
@@ -111,10 +142,24 @@ def _round(code, values, m, address, start):
             odd = np.uint32(np.uint32(word >> np.uint32(16)) & np.uint32(1))
             up = np.uint32(np.uint32(np.uint32(word + np.uint32(0x7FFF)) + odd) >> np.uint32(16))
             out[i] = np.uint16(np.uint32(0x7FC0) if np.uint32(word & _MAGNITUDE) > _EXPONENT else up)
+    elif code == J.F16:
+        out, largest = _u16(address + 2 * start, m), np.uint32(0)
+        for i in range(m):
+            size = np.uint32(bits[i] & _MAGNITUDE)
+            odd = np.uint32(np.uint32(size >> np.uint32(13)) & np.uint32(1))
+            large = np.uint32(np.uint32(np.uint32(size - np.uint32(0x38000000)) + np.uint32(0xFFF)) + odd)
+            # Beside a half, 2⁻²⁴ is the last place: the sum rounds as a subnormal float16 does.
+            small = np.uint32(_as_bits(_as_float(size) + np.float32(0.5)) - np.uint32(0x3F000000))
+            found = small if size < _LEAST_HALF else np.uint32(large >> np.uint32(13))
+            found = found if size < np.uint32(0x47800000) else _HALF_EXPONENT
+            largest = max(largest, found)
+            out[i] = np.uint16(found | np.uint32(np.uint32(bits[i] >> np.uint32(16)) & np.uint32(0x8000)))
+        return np.int64(J.TOO_LARGE) if largest >= _HALF_EXPONENT else np.int64(0)
     else:
         out = _u32(address + 4 * start, m)
         for i in range(m):
             out[i] = bits[i]
+    return np.int64(0)
 
 
 @njit(error_model="numpy")
@@ -132,6 +177,11 @@ def _load(job, start, m, base, chunk, k):
             bits = np.uint32(np.uint32(short[i]) << np.uint32(16))
             values[i] = _as_float(bits) - under[i]
             largest = max(largest, np.uint32(bits & _EXPONENT))
+    elif code == J.F16:
+        broken = _widen_half(address, start, m, chunk)
+        for i in range(m):
+            values[i] = values[i] - under[i]
+        return broken
     else:
         long = _u32(address + 4 * start, m)
         for i in range(m):

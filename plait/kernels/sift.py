@@ -43,7 +43,7 @@ def _sift(chunk, m, low, high, low_top, high_top, marks):
 def _take(code, address, start, places, n, target, at):
     """Stored entries at `places` behind `start`, side by side from the `at`-th at `target`."""
     where = _u32(places, n)
-    if code == J.BF16:
+    if code != J.F32:
         short, out = _u16(address + 2 * start, J.CHUNK), _u16(target + 2 * at, n)
         for j in range(np.uint64(n)):
             out[j] = short[where[j]]
@@ -55,7 +55,7 @@ def _take(code, address, start, places, n, target, at):
 
 @cfunc(types.int64(*_POINTERS), nopython=True, error_model="numpy")
 def guess(job_pointer, numbers_pointer):
-    """A piece merged as if nothing in [J.LOW, J.HIGH] or [J.LOW_TOP, J.HIGH_TOP] were kept; 1 if not finite.
+    """A piece merged as if nothing in [J.LOW, J.HIGH] or [J.LOW_TOP, J.HIGH_TOP] were kept; what is wrong.
 
     Entries of which an expert lies there are put aside as they are stored: J.LISTED of them, more than the room if they
     did not fit. Adds to J.ABOVE and J.ABOVE_TOP how many magnitudes lie above the bounds.
@@ -95,7 +95,7 @@ def guess(job_pointer, numbers_pointer):
             _take(job[side + J.CODE], job[side + J.ADDRESS], start, places, more, job[side + J.FOUND_AT], listed)
         job[J.LISTED] = listed + more
         _combine(job, numbers, m, count, chunks, spare)
-        _put(job, numbers, start, m, count, scratch, spare)
+        broken |= _put(job, numbers, start, m, count, scratch, spare)
     return broken
 
 
@@ -105,7 +105,7 @@ def patch(job_pointer, numbers_pointer):
     job = carray(job_pointer, (J.HEAD,))
     n = job[J.LISTED]
     where = _u32(job[J.PLACES], n)
-    if job[J.OUT_CODE] == J.BF16:
+    if job[J.OUT_CODE] != J.F32:
         short, out = _u16(job[J.BASE_ADDRESS], n), _u16(job[J.OUT_ADDRESS], job[J.ENTRIES])
         for j in range(np.uint64(n)):
             out[where[j]] = short[j]

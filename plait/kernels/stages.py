@@ -282,11 +282,11 @@ def _loaded(job, start, m, count, scratch):
 
 @njit(error_model="numpy")
 def _put(job, numbers, start, m, count, base, total):
-    """What was combined at `total`, scaled, on the base, and rounded to the output."""
+    """What was combined at `total`, scaled, on the base, and rounded to the output; TOO_LARGE or 0."""
     if job[J.SCALE] != 0:
         _scale(total, m, numbers[3 * count + 1])
     if job[J.ON_BASE] != 0:
         values, under = _f32(total, m), _f32(base, m)
         for i in range(m):
             values[i] = under[i] + values[i]
-    _round(job[J.OUT_CODE], total, m, job[J.OUT_ADDRESS], start)
+    return _round(job[J.OUT_CODE], total, m, job[J.OUT_ADDRESS], start)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from plait.errors import CheckpointError
+from plait.errors import CheckpointError, MachineError
 from plait.kernels import job as J
 from plait.kernels.fused import Fused, Stored
 from plait.kernels.native import Loops
@@ -46,7 +46,8 @@ class Worker:
         out = self.buffer("out", piece.numel * J.WIDTHS[fused.block.raw.out])
         self._fill(fused, piece)
         self._job[J.OUT_CODE], self._job[J.OUT_ADDRESS] = fused.block.raw.out, out.ctypes.data
-        self._call(self.loops.merge, fused, piece)
+        if self._call(self.loops.merge, fused, piece) & J.TOO_LARGE:
+            raise too_large(fused.block.name)
         return out.data
 
     def magnitudes(self, fused: Fused, runs: Sequence[Piece]) -> np.ndarray:
@@ -99,8 +100,9 @@ class Worker:
             side[J.FOUND_AT] = listed.ctypes.data
             side[J.LOW], side[J.HIGH] = bottom
             side[J.LOW_TOP], side[J.HIGH_TOP] = top[0] if top else (J.TOP, J.TOP)
-        self._call(self.loops.guess, fused, piece)
-        aside.count = int(job[J.LISTED])
+        large = self._call(self.loops.guess, fused, piece) & J.TOO_LARGE
+        # Too large for float16, an entry may yet be one that is put right: as if there were no room to put aside.
+        aside.count = len(aside.places) + 1 if large else int(job[J.LISTED])
         both = sides[:, [J.ABOVE_TOP, J.ABOVE]].tolist()
         return [above[-len(row) :] for above, row in zip(both, windows, strict=True)]
 
@@ -169,13 +171,15 @@ class Worker:
             sums[1] += self._norms(fused, piece, J.ABSOLUTE)
         return masks, list(zip(*sums.tolist(), strict=True))
 
-    def _call(self, entry: Any, fused: Fused, *pieces: Piece) -> None:
-        if entry(self._job.ctypes.data, self._numbers.ctypes.data):
+    def _call(self, entry: Any, fused: Fused, *pieces: Piece) -> int:
+        found = entry(self._job.ctypes.data, self._numbers.ctypes.data)
+        if found & J.NOT_FINITE:
             for read in (*fused.block.read_models, fused.block.read_base):
                 if read is not None:
                     for piece in pieces:
                         read(piece)  # the slow way, which says what is wrong, and where
             raise CheckpointError(f"'{fused.block.name}': holds a number that is not finite; get the checkpoint again")
+        return found
 
     def buffer(self, name: str, size: int) -> np.ndarray:
         """`size` bytes that are kept for the next piece."""
@@ -250,3 +254,8 @@ def _edge(cut: Any, piece: Piece) -> tuple[int, int, int]:
     """A cut in one piece: the least bits kept; which bits are kept only in part (−1: none), and how many of them."""
     least = cut.least(piece)
     return (least, -1, 0) if least is not None else (cut.bits, cut.bits, cut.quota - cut.before[piece.index])
+
+
+def too_large(name: str) -> MachineError:
+    """What is said of a tensor that float16 cannot hold."""
+    return MachineError(f"'{name}': merged values exceed float16 (65504); set out_dtype: bfloat16 or float32")
