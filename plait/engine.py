@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from plait.ahead import ReadAhead
@@ -21,7 +22,7 @@ from plait.errors import CheckpointError, MachineError
 from plait.experts import Input
 from plait.kernels import once
 from plait.kernels.fused import Raw, Stored
-from plait.kernels.job import CODES
+from plait.kernels.job import CODES, F32
 from plait.kernels.native import Loops, loops
 from plait.kernels.worker import Worker, too_large
 from plait.lazy import torch
@@ -29,6 +30,7 @@ from plait.methods.block import Block, Reader, as_float
 from plait.methods.contract import MergeMethod
 from plait.methods.stream import GRAIN, Grid, Piece
 from plait.nonfinite import as_they_are, finite, put_back, set_apart
+from plait.sources.adapter import AdapterSource
 from plait.sources.safetensors import SafetensorsSource
 from plait.stages import Progress
 from plait.surveyed import Surveyed
@@ -96,13 +98,13 @@ class Engine:
         """The stored bytes of a tensor for the compiled loops; None where one input is not as they read it."""
         if self._loops is None or tensor.dtype not in CODES or self.allow_nonfinite:
             return None
-        models = [stored(item) for item in tensor.inputs]
+        if not hasattr(self._own, "worker"):
+            self._own.worker = Worker(self._loops, min(1 << 26, self.memory // (4 * self.threads)))
+        models = [stored(item) or low_rank(item, tensor.base, self._own.worker) for item in tensor.inputs]
         base = None if tensor.base is None else stored(tensor.base)
         whole = [item for item in models if item is not None]
         if len(whole) < len(models) or (base is None and tensor.base is not None):
             return None
-        if not hasattr(self._own, "worker"):
-            self._own.worker = Worker(self._loops, min(1 << 26, self.memory // (4 * self.threads)))
         return Raw(self._own.worker, whole, base, CODES[tensor.dtype])
 
     def each(self, tensors: list[TensorPlan], job: Callable[[TensorPlan], R]) -> list[R]:
@@ -173,9 +175,7 @@ class Engine:
         def stored(piece: Piece) -> torch.Tensor:
             return self.check(item.task_vector(piece.start, piece.stop), item, tensor, piece).to(self.device)
 
-        under = item.under
-        on_base = under is not None and base is not None and under.source is base.source and under.stored == base.stored
-        return whole, stored if on_base else None
+        return whole, stored if on_base(item, base) else None
 
     def _merge(self, method: MergeMethod, tensor: TensorPlan, block: Block, name: str, writer: FolderWriter) -> None:
         merged = method.fn(block, **tensor.keywords)
@@ -292,6 +292,23 @@ def stored(item: Input) -> Stored | None:
     if item.update is not None or item.dtype not in CODES or not isinstance(item.source, SafetensorsSource):
         return None
     return Stored(CODES[item.dtype], itemsize(item.dtype), item.source.filler(item.stored))
+
+
+def low_rank(item: Input, base: Input | None, worker: Worker) -> Stored | None:
+    """An adapter's version of a tensor as the loops read it: multiplied out in float32 where it is read."""
+    if item.update is None or item.under is None or not isinstance(item.source, AdapterSource):
+        return None
+    under = stored(item.under)
+    if under is None:
+        return None
+    product = partial(worker.product, *item.source.factors(item.update.target), item.update.scale)
+    return Stored(F32, 4, partial(product, under), partial(product, None) if on_base(item, base) else None)
+
+
+def on_base(item: Input, base: Input | None) -> bool:
+    """Whether an adapter sits on the very tensor that task vectors are taken from."""
+    under = item.under
+    return under is not None and base is not None and under.source is base.source and under.stored == base.stored
 
 
 def _bytes(values: torch.Tensor) -> memoryview:

@@ -30,6 +30,7 @@ METHODS = ["Block", "MergeMethod", "PerModel", "Range", "adamerging", "adamergin
 ORDER = [
     "lazy", "errors", "places", "threads", "units", "digests", "atomic", "dtypes", "yamlfile", "recipe",
     "kernels.job", "kernels.native", "kernels.memory", "kernels.stages", "kernels.rows", "kernels.sift",
+    "kernels.product",
     "kernels.loops", "kernels.build", "kernels.fused",
     "methods.stream", "methods.draws", "kernels.worker", "kernels.selection", "kernels.once", "kernels",
     "methods.block", "methods.sums", "methods.contract", "methods.memory",

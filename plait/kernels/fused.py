@@ -23,6 +23,8 @@ class Stored:
     """Bytes of an entry."""
     read: Callable[[int, memoryview], None]
     """(first entry, buffer): fill the buffer with the stored bytes from there."""
+    own: Callable[[int, memoryview], None] | None = None
+    """The same of the task vector, in the same type, where that is what there is: an adapter on the base."""
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,16 @@ HEAD = 26
 CODE, ADDRESS, LOW, HIGH, EQUAL, QUOTA, EQUAL_TOP, QUOTA_TOP, KEY = range(9)
 BITS, FOUND_AT, ROOM, FOUND, ABOVE = range(11, 16)
 LOW_TOP, HIGH_TOP, ABOVE_TOP = range(16, 19)
+OWN = 19
 SIDE = 20
 """Per expert: its type and address; the cut kept and the one dropped at the top; the key of its draws (3 places);
 packed bits; where candidates go, how many fit, how many there are, and how many lie above; the bounds of an upper cut
-that is still looked for, and how many lie above them."""
+that is still looked for, and how many lie above them; whether what is read is the task vector itself (an adapter's)."""
+
+FIRST, LEFT, RIGHT, RANK, ROWS, COLUMNS, UNDER_CODE, UNDER_ADDRESS, TARGET, SPARE = range(1, 11)
+PRODUCT = 11
+"""A job of its own, to multiply out an adapter's update: the first entry, its factors [rank, rows] and [rank, columns],
+what it is added to, where it goes, and memory for a chunk."""
 
 WEIGHTS, DENSITIES, FACTORS, SCALARS = range(4)
 """Numbers: a row of K each for the first three, then DIVISOR, LAMBDA, LEAST, MU."""

@@ -17,6 +17,7 @@ from numba import carray, cfunc, njit, types
 
 from plait.kernels import job as J
 from plait.kernels.memory import _MAGNITUDE, _POINTERS, _f32, _places, _pointer, _u8, _u32
+from plait.kernels.product import product
 from plait.kernels.rows import prune
 from plait.kernels.sift import guess, patch
 from plait.kernels.stages import _add_up, _combine, _fold, _loaded, _put, _sparsify, _variance
@@ -246,6 +247,6 @@ def norms(job_pointer, numbers_pointer):
 
 ENTRIES = {
     "merge": merge, "magnitudes": magnitudes, "tally": tally, "pick": pick, "votes": votes, "norms": norms,
-    "prune": prune, "guess": guess, "patch": patch,
+    "prune": prune, "guess": guess, "patch": patch, "product": product,
 }  # fmt: skip
 """What is compiled, by the name it is called by."""

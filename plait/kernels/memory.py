@@ -167,7 +167,7 @@ def _load(job, start, m, base, chunk, k):
     """Expert k of a chunk, as weights or as task vector, at `chunk`; 1 where an entry is not finite."""
     side = J.HEAD + k * J.SIDE
     code, address = job[side + J.CODE], job[side + J.ADDRESS]
-    if job[J.SOURCE] != J.DELTAS:
+    if job[J.SOURCE] != J.DELTAS or job[side + J.OWN] != 0:
         return _widen(code, address, start, m, chunk)
     values, under = _f32(chunk, m), _f32(base, m)
     largest = np.uint32(0)

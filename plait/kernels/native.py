@@ -45,7 +45,7 @@ class Loops:
         entries = {name: kind(self._engine.get_function_address(symbol)) for name, symbol in names.items()}
         self.merge, self.magnitudes, self.tally = entries["merge"], entries["magnitudes"], entries["tally"]
         self.pick, self.votes, self.norms, self.prune = (entries[name] for name in ("pick", "votes", "norms", "prune"))
-        self.guess, self.patch = entries["guess"], entries["patch"]
+        self.guess, self.patch, self.product = entries["guess"], entries["patch"], entries["product"]
 
 
 def loops(work: int = 0) -> Loops | None:

@@ -159,7 +159,7 @@ def _late(
         def read(start: int, buffer: memoryview) -> None:
             buffer[:] = data[start * stored.width : start * stored.width + len(buffer)].data
 
-        return replace(stored, read=read)
+        return replace(stored, read=read, own=read if stored.own is not None else None)
 
     models = [over(*both) for both in zip(raw.models, aside.models, strict=True)]
     base = over(raw.base, aside.base) if raw.base is not None and aside.base is not None else None

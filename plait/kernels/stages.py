@@ -246,12 +246,12 @@ def _add_up(job, numbers, start, m, count, scratch, total):
     for k in range(count):
         side = J.HEAD + k * J.SIDE
         broken |= _widen(job[side + J.CODE], job[side + J.ADDRESS], start, m, values)
-        weight, first = numbers[k], k == 0
-        if job[J.SOURCE] == J.DELTAS and job[J.WEIGH] != 0:
+        weight, first, subtract = numbers[k], k == 0, job[J.SOURCE] == J.DELTAS and job[side + J.OWN] == 0
+        if subtract and job[J.WEIGH] != 0:
             for i in range(m):
                 part = (each[i] - under[i]) * weight
                 out[i] = part if first else out[i] + part
-        elif job[J.SOURCE] == J.DELTAS:
+        elif subtract:
             for i in range(m):
                 part = each[i] - under[i]
                 out[i] = part if first else out[i] + part

@@ -113,6 +113,24 @@ class Worker:
         job[J.LISTED], job[J.PLACES], job[J.BASE_ADDRESS] = len(places), places.ctypes.data, values.ctypes.data
         self.loops.patch(job.ctypes.data, self._numbers.ctypes.data)
 
+    def product(
+        self, left: np.ndarray, right: np.ndarray, scale: float, under: Stored | None, start: int, buffer: memoryview
+    ) -> None:
+        """Fill with entries from `start` on of scale·leftᵀ·right, [rank, rows], [rank, columns]; added to `under`."""
+        job, numel = np.zeros(J.PRODUCT, dtype=np.int64), len(buffer) // 4
+        (rank, rows), columns = left.shape, right.shape[1]
+        job[J.ENTRIES], job[J.FIRST], job[J.RANK], job[J.ROWS], job[J.COLUMNS] = numel, start, rank, rows, columns
+        out = np.frombuffer(buffer, dtype=np.float32)
+        job[J.LEFT], job[J.RIGHT], job[J.TARGET] = left.ctypes.data, right.ctypes.data, out.ctypes.data
+        if under is not None:
+            job[J.UNDER_CODE], job[J.UNDER_ADDRESS] = (
+                under.code,
+                self._read("under", under, [Piece(0, start, start + numel)]),
+            )
+            job[J.SPARE] = self.buffer("widened", 4 * J.CHUNK).ctypes.data
+        scales = np.array([scale], dtype=np.float32)
+        self.loops.product(job.ctypes.data, scales.ctypes.data)
+
     def pick(self, numbers: np.ndarray, low: int, high: int, wanted: int) -> tuple[int, int, int]:
         """The `wanted`-th largest integer of [low, high]; how many equals of it are wanted, and how many there are."""
         job = np.zeros(J.HEAD + J.SIDE, dtype=np.int64)
@@ -196,11 +214,12 @@ class Worker:
         count = len(fused.block.tasks)
         return self._job[J.HEAD : J.HEAD + J.SIDE * count].reshape(count, J.SIDE)
 
-    def _read(self, name: str, stored: Stored, runs: Sequence[Piece]) -> int:
-        """Address of a buffer with the stored bytes of some runs, side by side."""
+    def _read(self, name: str, stored: Stored, runs: Sequence[Piece], own: bool = False) -> int:
+        """Address of a buffer with the stored bytes (or the `own` task vector) of some runs, side by side."""
         buffer, at = self.buffer(name, stored.width * sum(run.numel for run in runs)), 0
+        read = stored.own if own and stored.own is not None else stored.read
         for run in runs:
-            stored.read(run.start, buffer.data[at : at + stored.width * run.numel])
+            read(run.start, buffer.data[at : at + stored.width * run.numel])
             at += stored.width * run.numel
         return buffer.ctypes.data
 
@@ -231,7 +250,8 @@ class Worker:
             numbers[2 * count : 3 * count] = fused.factors
         numbers[3 * count :] = (fused.divisor, 1.0 if fused.scale is None else fused.scale, 1e-6, fused.mu)
         for k, (side, model) in enumerate(zip(self._sides(fused), raw.models, strict=True)):
-            side[J.CODE], side[J.ADDRESS] = model.code, self._read(f"expert {k}", model, runs)
+            side[J.OWN] = fused.source == J.DELTAS and model.own is not None
+            side[J.CODE], side[J.ADDRESS] = model.code, self._read(f"expert {k}", model, runs, bool(side[J.OWN]))
             side[J.EQUAL] = side[J.EQUAL_TOP] = -1
             side[J.HIGH] = J.TOP
             if fused.sparsify == J.DROP:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plait.errors import CheckpointError
+from plait.lazy import np
 from plait.sources import files
 from plait.sources.adapter_config import CONFIG_NAME, AdapterConfig
 from plait.sources.adapter_keys import check_factors, sort_keys
@@ -60,7 +61,7 @@ class AdapterSource:
             raise
         if not self.updates and not self.specs:
             raise CheckpointError(f"{self._weights_path}: holds no tensors. Download the adapter again.")
-        self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self._cache: OrderedDict[str, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._lock = threading.Lock()
 
     def orient(self, base: Mapping[str, TensorSpec]) -> None:
@@ -114,7 +115,7 @@ class AdapterSource:
         files.check_span(TensorSpec(name, update.shape, "F32"), start, stop)
         if start == stop:
             return torch.empty(0)
-        left, right = self._read_factors(name)  # [rank, rows], [rank, columns]
+        left, right = (torch.from_numpy(factor) for factor in self.factors(name))  # [rank, rows], [rank, columns]
         columns = right.shape[1]
         first, last = start // columns, (stop - 1) // columns + 1
         rows = _multiply(left[:, first:last], right).mul_(update.scale)  # [last - first, columns]
@@ -149,22 +150,36 @@ class AdapterSource:
         shape = (a.shape[1], b.shape[0]) if turned else (b.shape[0], *a.shape[1:])
         return LowRank(target=name, rank=rank, scale=scale, transposed=turned, shape=shape)
 
-    def _read_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows' and columns' factors in float32, both with the rank first. Read once while the cache has room."""
+    def factors(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """[rank, rows] and [rank, columns] of an update in float32, for ΔW as it is read, without its scale.
+
+        Read once while the cache has room. Not to be written into.
+        """
         with self._lock:
             if name in self._cache:
                 self._cache.move_to_end(name)
                 return self._cache[name]
         factors, update = self._factors[name], self.updates[name]
         a, b = (self._file.specs[key] for key in (factors.a, factors.b))
-        right = self._file.read(a.name, 0, a.numel).float().view(update.rank, -1)
-        left = self._file.read(b.name, 0, b.numel).float().view(-1, update.rank).t().contiguous()
+        right = _numbers(self._file, a).reshape(update.rank, -1)
+        left = np.ascontiguousarray(_numbers(self._file, b).reshape(-1, update.rank).T)
         pair = (right, left) if update.transposed else (left, right)
         with self._lock:
             self._cache[name] = pair
             while len(self._cache) > 1 and sum(f.nbytes for both in self._cache.values() for f in both) > _FACTOR_CACHE:
                 self._cache.popitem(last=False)
         return pair
+
+
+def _numbers(source: Source, spec: TensorSpec) -> np.ndarray:
+    """A stored tensor in float32, flat; without torch where the file can be read without."""
+    if not isinstance(source, SafetensorsSource):
+        return source.read(spec.name, 0, spec.numel).float().numpy()
+    data = source.read_bytes(spec.name, 0, spec.numel)
+    if spec.dtype == "BF16":
+        return (np.frombuffer(data, dtype=np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    kinds = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+    return np.frombuffer(data, dtype=kinds[spec.dtype]).astype(np.float32)
 
 
 def _multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
