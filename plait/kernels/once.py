@@ -74,6 +74,8 @@ def _by_one_reading(fused: Fused, output: Output) -> bool:
     if not isinstance(wanted, Wanted) or wanted.found is not None or fused.factors or grid.numel <= selection.SMALL:
         return False
     assert raw is not None
+    if selection.low_rank(fused):  # bounds that hold would put too much aside
+        return False
     sizes = selection.sample(Fused(fused.block, fused.source), min(max(16, grid.numel >> 19), 64))
     windows = [
         [_window(row, count, grid.numel) for count in counts] for row, counts in zip(sizes, wanted.counts, strict=True)
@@ -159,7 +161,7 @@ def _late(
         def read(start: int, buffer: memoryview) -> None:
             buffer[:] = data[start * stored.width : start * stored.width + len(buffer)].data
 
-        return replace(stored, read=read, own=read if stored.own is not None else None)
+        return replace(stored, read=read)
 
     models = [over(*both) for both in zip(raw.models, aside.models, strict=True)]
     base = over(raw.base, aside.base) if raw.base is not None and aside.base is not None else None

@@ -27,6 +27,8 @@ _BINS = 1 << 20
 """Different magnitudes that are counted one by one; more are sorted."""
 _TRIES = (5.0, 0.0, 40.0)
 """Standard errors of the sample's ranks between the bounds. With none it is one magnitude, which very many share."""
+_SHORTER, _WIDER = 8, 4.0
+"""For adapters, whose rows and columns differ in size as a whole: a sample of more and shorter runs, wider bounds."""
 
 
 @dataclass
@@ -75,7 +77,7 @@ def _cuts(
 ) -> list[Any] | None:  # fmt: skip
     """A cut for every row. `guesses`: about how many are wanted; `wanted`: exactly, of (row, what was found)."""
     numel, rows = fused.block.grid.numel, fused.rows
-    for sure in _TRIES:
+    for sure in (_WIDER * errors for errors in _TRIES) if low_rank(fused) else _TRIES:
         bounds = [
             (TOP, TOP) if not 0 < count < numel  # nothing to look for
             else (0, TOP - 1) if sizes is None else between(sizes[k], count / numel, sure)
@@ -101,9 +103,15 @@ def sample(fused: Fused, spans: int) -> np.ndarray:
     """[rows, n] bits of magnitudes of evenly spaced runs of the tensor; valid until the next sample."""
     assert fused.block.raw is not None
     worker, numel = fused.block.raw.worker, fused.block.grid.numel
-    width = min(_SPAN, numel)
+    shorter = _SHORTER if low_rank(fused) else 1
+    width, spans = min(_SPAN // shorter, numel), spans * shorter
     starts = [i * (numel - width) // max(spans - 1, 1) for i in range(spans)]
     return worker.magnitudes(fused, [Piece(0, start, start + width) for start in starts])
+
+
+def low_rank(fused: Fused) -> bool:
+    """Whether some task vector is an adapter's."""
+    return any(model.own is not None for model in fused.block.raw.models)
 
 
 def between(row: np.ndarray, share: float, sure: float) -> tuple[int, int]:
