@@ -24,7 +24,6 @@ _READ, _WRITE = 0.2e-9, 1.1e-9
 """Seconds of a thread per byte: copied from the page cache; written and hashed (docs/performance.md)."""
 _DISK = 1e9
 """Bytes a second that are read from a disk where the page cache cannot hold the inputs: an assumption."""
-"""Bytes a second from and to the page cache, a cautious figure for one machine; the estimate is no more than that."""
 
 
 @dataclass(frozen=True)
